@@ -1,0 +1,1 @@
+"""diffjax: score-based diffusion models in JAX and Flax."""

@@ -1,0 +1,283 @@
+r"""The blocks of DDPM++ and NCSN++: normalisation, attention, residual and resampling blocks.
+
+Symbols: x is an image of features (B, H, W, C); temb is the embedding of the noise level (B, D).
+
+    (1)  norm(x)   = (x - mean) / sqrt(var + 1e-6) * scale + bias,  over H, W and the channels of a
+                     group, in min(C // 4, 32) groups
+    (2)  ddpm:       h = conv3x3(act(norm(x))) + dense(act(temb))
+                     h = conv3x3(dropout(act(norm(h))))
+                     y = join(x, h)                               join(x, h) = x + h, or
+    (3)  biggan:     as (2), with act(norm(x)) and x both resampled            (x + h) / sqrt(2)
+                     before the first convolution; x then meets a 1 x 1 convolution
+    (4)  attention:  y = join(x, softmax(q k^T / sqrt(C)) v W),  q, k, v linear in norm(x), one head
+
+Precision: parameters are float32. Convolutions and linear maps run in `dtype`; normalisation,
+softmax and everything made from the label run in float32 (in `dtype` where that is wider).
+
+Class and parameter names are those that flax gives the modules of the reference code, so that
+importing its weights is a copy: renaming a class here breaks checkpoints.
+
+References: Song et al., "Score-Based Generative Modeling through Stochastic Differential
+Equations", 2021, https://arxiv.org/abs/2011.13456, section 4.4 and appendix H. Ho et al.,
+"Denoising Diffusion Probabilistic Models", 2020, https://arxiv.org/abs/2006.11239, appendix B.
+Brock et al., "Large Scale GAN Training for High Fidelity Natural Image Synthesis", 2019,
+https://arxiv.org/abs/1809.11096, appendix B.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from diffjax.core.types import Array
+from diffjax.nets import resample
+from diffjax.nets.embed import Activation, Dtype, default_init, wide
+
+def conv3x3(features: int, dtype: Dtype, init_scale: float = 1.0, stride: int = 1) -> nn.Conv:
+    """A 3 x 3 convolution with zero padding (for stride 2 after the last pixel only)."""
+    kernel_init = default_init(init_scale)
+    return nn.Conv(features, (3, 3), strides=stride, dtype=dtype, kernel_init=kernel_init)
+
+
+def conv1x1(features: int, dtype: Dtype) -> nn.Conv:
+    """A linear map of the channels, as a convolution."""
+    return nn.Conv(features, (1, 1), dtype=dtype, kernel_init=default_init())
+
+
+def dense(features: int, dtype: Dtype) -> nn.Dense:
+    """A linear layer of the embedding, in float32 at least."""
+    return nn.Dense(features, dtype=wide(dtype), kernel_init=default_init())
+
+
+def join(x: Array, h: Array, rescale: bool) -> Array:
+    """x + h, divided by sqrt(2) to keep the variance if `rescale`."""
+    return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, eq. (1), and the activation that follows it."""
+
+    dtype: Dtype = jnp.float32
+    act: Activation | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: (B, H, W, C). Raises ValueError where C does not split into groups."""
+        channels = x.shape[-1]
+        groups = min(channels // 4, 32)
+        if groups == 0 or channels % groups:
+            raise ValueError(
+                f"{channels} channels do not split into min(C // 4, 32) = {groups} equal groups. "
+                "Choose nf and ch_mult so that every width, also of two joined, does: nf = 32 k."
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        gain, shift = _normaliser(x.astype(wide(self.dtype)), groups, scale, bias)
+
+        # Only x is kept for the backward pass; the normalised image and the activation's own
+        # residuals are recomputed there, which is cheaper than reading them.
+        @jax.checkpoint
+        def affine_act(x: Array, gain: Array, shift: Array) -> Array:
+            y = x.astype(gain.dtype) * gain + shift
+            return y if self.act is None else self.act(y)
+
+        return affine_act(x, gain, shift).astype(self.dtype)
+
+
+def _normaliser(x: Array, groups: int, scale: Array, bias: Array) -> tuple[Array, Array]:
+    """The gain and shift, each (B, 1, 1, C), with norm(x) = x gain + shift."""
+    batch, channels = x.shape[0], x.shape[-1]
+
+    def group_mean(v: Array) -> Array:
+        means = jnp.mean(v, axis=(1, 2)).reshape(batch, groups, -1).mean(-1)
+        return jnp.repeat(means, channels // groups, axis=-1)
+
+    mean = group_mean(x)
+    var = jnp.maximum(group_mean(jnp.square(x)) - jnp.square(mean), 0)
+    gain = jax.lax.rsqrt(var + 1e-6) * scale[None].astype(x.dtype)
+    shift = bias[None].astype(x.dtype) - mean * gain
+    return gain[:, None, None, :], shift[:, None, None, :]
+
+
+class NIN(nn.Module):
+    """A linear map of the channels (a "network in network" layer)."""
+
+    features: int
+    init_scale: float = 0.1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(..., C) -> (..., features)."""
+        weight = self.param("W", default_init(self.init_scale), (x.shape[-1], self.features))
+        bias = self.param("b", nn.initializers.zeros, (self.features,))
+        x, weight, bias = (v.astype(self.dtype) for v in (x, weight, bias))
+        return x @ weight + jnp.expand_dims(bias, range(x.ndim - 1))
+
+
+class Conv2d(nn.Module):
+    """A 3 x 3 convolution fused with a FIR filter and a change of size by two."""
+
+    features: int
+    fir_kernel: Sequence[float]
+    direction: Literal["up", "down"]
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, C) -> (B, 2 H, 2 W, features) or (B, H / 2, W / 2, features)."""
+        weight = self.param("weight", default_init(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, weight, bias = (v.astype(self.dtype) for v in (x, weight, bias))
+        conv = resample.conv_upsample if self.direction == "up" else resample.conv_downsample
+        return conv(x, weight, self.fir_kernel) + bias[None, None, None]
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: FIR filter or nearest pixel, with or without a 3 x 3 convolution."""
+
+    fir: bool
+    fir_kernel: Sequence[float]
+    with_conv: bool
+    features: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """features: the width after the convolution; None keeps it."""
+        features = self.features or x.shape[-1]
+        if self.fir and self.with_conv:
+            return Conv2d(features, self.fir_kernel, "up", self.dtype)(x)
+        x = upsample(x, self.fir, self.fir_kernel)
+        return conv3x3(features, self.dtype)(x) if self.with_conv else x
+
+
+class Downsample(nn.Module):
+    """Halves H and W: FIR filter or mean, with or without a 3 x 3 convolution."""
+
+    fir: bool
+    fir_kernel: Sequence[float]
+    with_conv: bool
+    features: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """features: the width after the convolution; None keeps it."""
+        features = self.features or x.shape[-1]
+        if not self.with_conv:
+            return downsample(x, self.fir, self.fir_kernel)
+        if self.fir:
+            return Conv2d(features, self.fir_kernel, "down", self.dtype)(x)
+        return conv3x3(features, self.dtype, stride=2)(x)
+
+
+def upsample(x: Array, fir: bool, fir_kernel: Sequence[float]) -> Array:
+    """Doubles H and W without parameters."""
+    return resample.fir_upsample(x, fir_kernel) if fir else resample.nearest_upsample(x)
+
+
+def downsample(x: Array, fir: bool, fir_kernel: Sequence[float]) -> Array:
+    """Halves H and W without parameters."""
+    return resample.fir_downsample(x, fir_kernel) if fir else resample.mean_downsample(x)
+
+
+class Combine(nn.Module):
+    """Brings a pyramid to the width of h by a 1 x 1 convolution, then adds or concatenates it."""
+
+    method: Literal["sum", "cat"]
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pyramid: Array, h: Array) -> Array:
+        """"cat" doubles the width of h; the pyramid comes first."""
+        pyramid = conv1x1(h.shape[-1], self.dtype)(pyramid)
+        if self.method == "cat":
+            return jnp.concatenate([pyramid, h], axis=-1)
+        return pyramid + h
+
+
+class AttnBlockpp(nn.Module):
+    """Self-attention over all pixels, eq. (4)."""
+
+    skip_rescale: bool
+    init_scale: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: (B, H, W, C), kept in shape."""
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.dtype)(x).reshape(batch, height * width, 1, channels)
+        q, k, v = (NIN(channels, dtype=self.dtype)(h) for _ in range(3))
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = NIN(channels, self.init_scale, self.dtype)(h)
+        return join(x, h, self.skip_rescale)
+
+
+class ResnetBlockDDPMpp(nn.Module):
+    """The residual block of DDPM, eq. (2)."""
+
+    act: Activation
+    dropout: float
+    skip_rescale: bool
+    init_scale: float
+    features: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None) -> Array:
+        """features: the width of the result; None keeps it."""
+        features = self.features or x.shape[-1]
+        h = GroupNorm(self.dtype, self.act)(x)
+        h = _body(self, h, temb, features)
+        if x.shape[-1] != features:
+            x = NIN(features, dtype=self.dtype)(x)
+        return join(x, h, self.skip_rescale)
+
+
+class ResnetBlockBigGANpp(nn.Module):
+    """The residual block of BigGAN, eq. (3), which also changes the size."""
+
+    act: Activation
+    dropout: float
+    skip_rescale: bool
+    init_scale: float
+    fir: bool
+    fir_kernel: Sequence[float]
+    features: int | None = None
+    resize: Literal["up", "down"] | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None) -> Array:
+        """features: the width of the result; None keeps it."""
+        features = self.features or x.shape[-1]
+        h = GroupNorm(self.dtype, self.act)(x)
+        if self.resize is not None:
+            change = upsample if self.resize == "up" else downsample
+            h, x = (change(v, self.fir, self.fir_kernel) for v in (h, x))
+        h = _body(self, h, temb, features)
+        if x.shape[-1] != features or self.resize is not None:
+            x = conv1x1(features, self.dtype)(x)
+        return join(x, h, self.skip_rescale)
+
+
+def _body(
+    block: ResnetBlockDDPMpp | ResnetBlockBigGANpp,
+    h: Array,
+    temb: Array | None,
+    features: int,
+) -> Array:
+    """What both residual blocks do between their resampling and their sum, within their scope."""
+    h = conv3x3(features, block.dtype)(h)
+    if temb is not None:
+        shift = dense(features, block.dtype)(block.act(temb))
+        h = h + shift[:, None, None].astype(h.dtype)
+    h = GroupNorm(block.dtype, block.act)(h)
+    h = nn.Dropout(block.dropout, deterministic=block.dropout == 0)(h)
+    return conv3x3(features, block.dtype, block.init_scale)(h)

@@ -1,0 +1,121 @@
+"""From a network to a denoiser: the one place where a network is called.
+
+    out    = apply(variables, c_in(t) x_t, label(t), cond)                                     (1)
+    x0, eps = the solution of  out = a x0 + b eps,  x_t = alpha x0 + sigma eps                 (2)
+
+(1) is computed in the network's own dtype, (2) in that of x_t: float32, or float64 where x is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.core import checks
+from diffjax.core.numerics import scale
+from diffjax.core.pytree import pytree, replace, static
+from diffjax.core.types import Array, Prediction, PyTree
+from diffjax.prediction import kinds
+from diffjax.prediction.kinds import Kind, KindName
+from diffjax.prediction.precondition import OfTime, Time, Unscaled
+from diffjax.processes.base import Process
+
+
+@pytree
+class Denoiser:
+    """A network with its convention: a pytree callable (x_t, t) -> Prediction.
+
+    Everything that is a number is a leaf, so one compilation serves all weights, processes and
+    conditions of the same shapes. Build it with `make_denoiser`.
+    """
+
+    process: Process
+    kind: Kind
+    scaling: OfTime
+    label: OfTime
+    variables: PyTree
+    cond: PyTree
+    apply: Callable[..., Any] = static()
+    dtype: Any = static(None)
+
+    def __call__(self, x_t: PyTree, t: Array) -> Prediction:
+        """Eqs. (1) and (2). x_t: (B, *data), a tree. t: () or (B,), positive."""
+        t = jnp.asarray(t)
+        inputs = scale(self.scaling(self.process, t), x_t)
+        if self.dtype is not None:
+            inputs = jax.tree.map(lambda leaf: leaf.astype(self.dtype), inputs)
+        arguments = (inputs, self.label(self.process, t).astype(jnp.float32))
+        if self.variables is not None:
+            arguments = (self.variables, *arguments)
+        if self.cond is not None:
+            arguments = (*arguments, self.cond)
+        out = self.apply(*arguments)
+        _check_like(out, x_t)
+        out = jax.tree.map(lambda o, leaf: o.astype(leaf.dtype), out, x_t)
+        return kinds.decode(self.kind, self.process, x_t, out, t)
+
+    def take(self, index: Array) -> "Denoiser":
+        """The denoiser of the samples `index`, (k,): gathers the leaves of `cond`."""
+        return replace(self, cond=jax.tree.map(lambda leaf: leaf[index], self.cond))
+
+    def check_times(self, times: Array) -> None:
+        """Raises ValueError if the output does not determine x0 and eps at one of `times`."""
+        with jax.ensure_compile_time_eval():
+            det = checks.concrete(kinds.determinant(self.kind, self.process, jnp.asarray(times)))
+        known = checks.concrete(times)
+        if det is not None and known is not None and (det == 0).any():
+            t = known.reshape(-1)[(det.reshape(-1) == 0).argmax()]
+            raise ValueError(
+                f"A network of kind {type(self.kind).__name__} does not determine x0 at t = {t}, "
+                "where its row is parallel to x_t's. Use kind 'v', 'velocity' or 'F', or a grid "
+                "that starts below (t_max=...)."
+            )
+
+
+def _check_like(out: PyTree, x_t: PyTree) -> None:
+    if jax.tree.structure(out) != jax.tree.structure(x_t):
+        raise ValueError(
+            f"The network's output must have the structure of x; got {jax.tree.structure(out)} for "
+            f"{jax.tree.structure(x_t)}."
+        )
+    for o, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(x_t), strict=True):
+        if o.shape != leaf.shape:
+            raise ValueError(
+                f"The network's output must have the shape of x, {leaf.shape}; got {o.shape}. "
+                "Check out_channels, and whether the network also predicts a variance."
+            )
+
+
+def make_denoiser(
+    apply: Callable[..., Any],
+    process: Process,
+    *,
+    kind: Kind | KindName,
+    variables: PyTree = None,
+    cond: PyTree = None,
+    scaling: OfTime | None = None,
+    label: OfTime | None = None,
+    dtype: Any = None,
+) -> Denoiser:
+    """Makes a denoiser of a network.
+
+    apply: called as `apply(variables, x, label, cond)`; `variables` and `cond` are left out where
+      they are None, so a bare function of (x, label) works. x: (B, *data); label: () or (B,),
+      float32. It returns a tree like x, of any float dtype.
+    kind: what the output means, a value or a name; see `diffjax.prediction.kinds`.
+    cond: per-sample conditions, a tree whose leaves have the leading axis B.
+    scaling, label: c_in and the time label; the defaults are x_t itself and t itself. A whole
+      convention is given by `**precondition.edm()._asdict()`.
+    dtype: what x is cast to for the network; None leaves it.
+    """
+    return Denoiser(
+        process=process,
+        kind=kinds.as_kind(kind),
+        scaling=Unscaled() if scaling is None else scaling,
+        label=Time() if label is None else label,
+        variables=variables,
+        cond=cond,
+        apply=apply,
+        dtype=dtype,
+    )

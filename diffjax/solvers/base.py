@@ -1,0 +1,173 @@
+"""What a solver is, and how a solve ends.
+
+Symbols: t the current time, s the target time of a step (s < t when sampling), keys (B,) one a
+sample and new at every step, x_t like x.
+
+A solver is a frozen pytree with
+
+    init(process, x, t) -> State          State is a NamedTuple; State.x is the sample
+    step(keys, denoise, process, state, t, s) -> State
+    finish(keys, denoise, process, state, t, s) -> State      the last interval, without noise
+
+All history lives in the State. `finish` leads onto the end of the grid: where sigma(s) = 0 it must
+land on the denoised data and never evaluate at s. `stages` and `final_stages` declare the calls of
+the denoiser in `step` and `finish`; `stochastic` says whether `step` draws.
+
+How a solve ends is a value, the `final` of `sample`:
+
+    ToEnd()               `finish` on the last interval; the grid must end where sigma = 0
+    Tweedie()             `step` on the last interval, then x0 = E[x0 | x_s]: one call more
+    NoiselessPredictor()  `finish`, also at sigma(s) > 0: the reference code's noise removal
+    Keep()                `step`: x_s stays as it is, for partial solves and inversion
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from diffjax.core.pytree import pytree
+from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.processes.base import Process
+
+
+class XState(NamedTuple):
+    """The state of a one-step method: the sample."""
+
+    x: PyTree
+
+
+class Solver(Protocol):
+    """See the module's docstring."""
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def final_stages(self) -> int: ...
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    def init(self, process: Process, x: PyTree, t: Array) -> Any: ...
+
+    def step(
+        self, keys: Key, denoise: DenoiseFn, process: Process, state: Any, t: Array, s: Array
+    ) -> Any: ...
+
+    def finish(
+        self, keys: Key, denoise: DenoiseFn, process: Process, state: Any, t: Array, s: Array
+    ) -> Any: ...
+
+
+class Final(Protocol):
+    """How the last interval is done; see the module's docstring."""
+
+    def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None: ...
+
+    def evaluations(self, solver: Solver) -> int: ...
+
+    def last(
+        self,
+        solver: Solver,
+        keys: Key,
+        denoise: DenoiseFn,
+        process: Process,
+        state: Any,
+        t: Array,
+        s: Array,
+    ) -> Any: ...
+
+
+def _refuse_increasing(name: str, increasing: bool) -> None:
+    if increasing:
+        raise ValueError(
+            f"A grid that increases (an inversion) has no end to denoise at, so final={name} does "
+            "not apply; pass final=Keep()."
+        )
+
+
+@pytree
+class ToEnd:
+    """The last interval leads to clean data: sigma(end) = 0."""
+
+    def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
+        """Raises ValueError if the grid ends with noise left."""
+        _refuse_increasing("ToEnd()", increasing)
+        if end_sigma is not None and (end_sigma > 0).any():
+            raise ValueError(
+                f"The grid ends at sigma = {float(end_sigma.max()):.3g}, so its last sample is "
+                "still noisy. Pass final=Tweedie() to denoise it with one more call, "
+                "final=NoiselessPredictor() for a last step without noise, or final=Keep()."
+            )
+
+    def evaluations(self, solver: Solver) -> int:
+        """Calls of the denoiser."""
+        return solver.final_stages
+
+    def last(self, solver, keys, denoise, process, state, t, s):
+        """`solver.finish`."""
+        return solver.finish(keys, denoise, process, state, t, s)
+
+
+@pytree
+class Tweedie:
+    """The last interval is a step like the others; then x = E[x0 | x_s], one call more."""
+
+    def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
+        """Raises ValueError if there is no noise left to remove."""
+        _refuse_increasing("Tweedie()", increasing)
+        if end_sigma is not None and (end_sigma == 0).any():
+            raise ValueError(
+                "The grid ends at sigma = 0, where there is nothing left to denoise and no network "
+                "may be asked: use final=ToEnd(), or a grid that ends above 0 (end=process.t_min)."
+            )
+
+    def evaluations(self, solver: Solver) -> int:
+        """Calls of the denoiser."""
+        return solver.stages + 1
+
+    def last(self, solver, keys, denoise, process, state, t, s):
+        """`solver.step`, then the denoiser's x0 at s."""
+        state = solver.step(keys, denoise, process, state, t, s)
+        return state._replace(x=denoise(state.x, s).x0)
+
+
+@pytree
+class NoiselessPredictor:
+    """The last interval without its noise, whatever noise level it leads to."""
+
+    def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
+        """Raises ValueError for a solver that draws nothing."""
+        _refuse_increasing("NoiselessPredictor()", increasing)
+        if not solver.stochastic:
+            raise ValueError(
+                f"{type(solver).__name__} adds no noise, so NoiselessPredictor() has none to leave "
+                "out; use final=Tweedie() or final=ToEnd()."
+            )
+
+    def evaluations(self, solver: Solver) -> int:
+        """Calls of the denoiser."""
+        return solver.final_stages
+
+    def last(self, solver, keys, denoise, process, state, t, s):
+        """`solver.finish`."""
+        return solver.finish(keys, denoise, process, state, t, s)
+
+
+@pytree
+class Keep:
+    """The last interval is a step like the others and x_s is returned."""
+
+    def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
+        """Raises ValueError for a stochastic solver on an increasing grid."""
+        if increasing and solver.stochastic:
+            raise ValueError(
+                f"{type(solver).__name__} draws noise and runs towards the data only; the grid "
+                "must decrease. Use a deterministic solver (Euler, Heun, DDIM()) to invert."
+            )
+
+    def evaluations(self, solver: Solver) -> int:
+        """Calls of the denoiser."""
+        return solver.stages
+
+    def last(self, solver, keys, denoise, process, state, t, s):
+        """`solver.step`."""
+        return solver.step(keys, denoise, process, state, t, s)

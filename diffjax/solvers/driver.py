@@ -1,0 +1,150 @@
+"""The one driver: a solve over a given grid of times.
+
+Symbols: times (n+1,), from the noisiest to the last; interval i leads from times[i] to times[i+1].
+
+    state = solver.init(process, x, times[0])
+    for i in 0 .. n-2:  state = solver.step(keys_i, denoise, process, state, times[i], times[i+1])
+    state = final.last(solver, ..., times[n-1], times[n])                                       (1)
+
+The loop is one `lax.scan`, so compile time and memory do not grow with n. `sample` is not jitted:
+call it inside your own `jit`, or as
+
+    draw = jax.jit(sample, static_argnames=("save",))
+
+where one trace serves every key, grid of the same length, weight, schedule constant and solver
+constant. keys_i = fold_in(fold_in(key, sample), i), so sample j depends on nothing but its own key.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+
+from diffjax.core import checks, random
+from diffjax.core.numerics import at_least_float32, batch_size
+from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.processes.base import Process
+from diffjax.solvers.base import Final, Solver, ToEnd
+
+
+class Result(NamedTuple):
+    """What `sample` returns.
+
+    x: the samples, like the input. state: the solver's whole final state. nfe: calls of the
+    denoiser, an int, or a traced int32 where `n_steps` is traced. saved: `save` of the state after
+    each interval, stacked along a new leading axis of length n, or None.
+    """
+
+    x: PyTree
+    state: Any
+    nfe: int | Array
+    saved: PyTree
+
+
+def sample(
+    key: Key,
+    denoise: DenoiseFn,
+    x: PyTree,
+    times: Array,
+    *,
+    solver: Solver,
+    process: Process,
+    final: Final = ToEnd(),
+    save: Callable[[Any], PyTree] | None = None,
+    n_steps: int | Array | None = None,
+    state: Any = None,
+) -> Result:
+    """Solves from x at times[0] to times[-1], eq. (1).
+
+    key: a typed key, or (B,) keys, one a sample.
+    denoise: (x_t, t) -> Prediction, any callable; a pytree such as `make_denoiser`'s can be an
+      argument of your own `jit`.
+    x: (B, *data), a tree of floating-point arrays; half precision is raised to float32.
+    times: (n+1,), strictly decreasing, n >= 1, from `diffjax.grids` or your own; increasing to
+      invert (a deterministic solver and final=Keep()).
+    final: how the last interval is done; see `diffjax.solvers.base`.
+    save: state -> tree, kept after each interval. By default nothing is kept.
+    n_steps: the number of real intervals, possibly traced, in a grid padded in front with copies of
+      its first time; padded intervals call and draw nothing.
+    state: a state to continue from instead of `solver.init`; its x is used.
+
+    Raises ValueError for a grid that is not strictly monotonic or whose end does not fit `final`,
+    and TypeError for an untyped key or integer x. Inside `jit` the grid's values are unknown: use
+    `diffjax.testing.checked(sample)` to check them there.
+    """
+    x = at_least_float32(x)
+    times = jnp.asarray(times)
+    _check(denoise, times, solver, process, final, n_steps)
+    keys = random.sample_keys(key, batch_size(x))
+    intervals = times.shape[0] - 1
+    padding = 0 if n_steps is None else intervals - n_steps
+    if state is None:
+        state = solver.init(process, x, times[0])
+
+    def advance(state, i):
+        step_keys = random.step_keys(keys, i - padding)
+        return solver.step(step_keys, denoise, process, state, times[i], times[i + 1])
+
+    def body(state, i):
+        if n_steps is None:
+            state = advance(state, i)
+        else:
+            state = jax.lax.cond(i >= padding, advance, lambda state, _: state, state, i)
+        return state, None if save is None else save(state)
+
+    state, saved = jax.lax.scan(body, state, jnp.arange(intervals - 1))
+    last_keys = random.step_keys(keys, intervals - 1 - padding)
+    state = final.last(solver, last_keys, denoise, process, state, times[-2], times[-1])
+    if save is not None:
+        saved = jax.tree.map(
+            lambda path, end: jnp.concatenate([path, jnp.asarray(end)[None]]), saved, save(state)
+        )
+    nfe = (intervals - padding - 1) * solver.stages + final.evaluations(solver)
+    return Result(state.x, state, nfe, saved)
+
+
+def _check(
+    denoise: DenoiseFn,
+    times: Array,
+    solver: Solver,
+    process: Process,
+    final: Final,
+    n_steps: int | Array | None,
+) -> None:
+    """Raises ValueError for a grid that the solve cannot use; traced grids go to checkify."""
+    if times.ndim != 1 or times.shape[0] < 2:
+        raise ValueError(f"times must have shape (n+1,) with n >= 1; got {times.shape}.")
+    if not jnp.issubdtype(times.dtype, jnp.floating):
+        raise TypeError(f"times must be floating point; got {times.dtype}.")
+    intervals = times.shape[0] - 1
+    if n_steps is not None:
+        checks.in_range("n_steps", n_steps, 1, intervals)
+    known = checks.concrete(times)
+    if known is None:
+        checkify.debug_check(
+            jnp.all(jnp.diff(times) <= 0) | jnp.all(jnp.diff(times) > 0),
+            "times must be monotonic; got {times}.",
+            times=times,
+        )
+        return
+    count = checks.concrete(n_steps)
+    start = 0 if n_steps is None else intervals - (intervals if count is None else int(count))
+    real = known[start:]
+    steps = real[1:] - real[:-1]
+    increasing = bool(steps[0] > 0)
+    wrong = steps <= 0 if increasing else steps >= 0
+    if n_steps is not None and count is None:
+        wrong = steps > 0  # repeats may be padding
+    if wrong.any():
+        i = int(wrong.argmax()) + start
+        raise ValueError(
+            f"times must decrease strictly; got times[{i + 1}] = {known[i + 1]} after {known[i]}. "
+            "Build it with diffjax.grids, or pass n_steps= if it is padded in front."
+        )
+    with jax.ensure_compile_time_eval():
+        end_sigma = checks.concrete(process.coeffs(jnp.asarray(known[-1])).sigma)
+    final.check(solver, end_sigma, increasing)
+    if hasattr(denoise, "check_times"):
+        denoise.check_times(known[:-1])
