@@ -1,0 +1,1 @@
+"""Training configurations: `get_config()` of each module says command, cost and expected score."""

@@ -1,4 +1,4 @@
-"""Strict settings for every test: 8 simulated devices, no silent broadcasting, float64 on request."""
+"""Strict settings of every test: 8 simulated devices, no silent broadcasting, float64 on call."""
 
 import os
 

@@ -2,19 +2,21 @@
 
 For data x0 ~ p and x_t = alpha x0 + sigma eps:
 
-    Gaussian     p = N(m, d^2):      x_t ~ N(alpha m, V),  V = alpha^2 d^2 + sigma^2            (1)
-                 E[x0 | x_t] = m + alpha d^2/V (x_t - alpha m),  E[eps | x_t] = sigma/V (x_t - alpha m)
+    Gaussian     p = N(m, d^2):      x_t ~ N(alpha m, V),  V = alpha^2 d^2 + sigma^2           (1)
+                 E[x0 | x_t] = m + alpha d^2/V (x_t - alpha m)
+                 E[eps | x_t] = sigma/V (x_t - alpha m)
                  probability flow from t to s:  x_s = alpha_s m + sqrt(V_s/V_t) (x_t - alpha_t m)
-    mixture      p = sum_k w_k N(m_k, d^2):  (1) for each k, averaged with the weights p(k | x_t)  (2)
+    mixture      p = sum_k w_k N(m_k, d^2):  (1) for each k, with the weights p(k | x_t)       (2)
     point mass   p = delta(x0 - m): (1) with d = 0                                             (3)
+    isotropic    p = N(0, d^2) in every element: (1) with m = 0, for x any tree                (4)
 
-Each oracle is a pytree and works in the dtype of x, for x of shape (B, D).
+Each oracle is a pytree and works in the dtype of x, for x of shape (B, D) unless (4).
 """
 
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.numerics import expand
+from diffjax.core.numerics import expand, scale
 from diffjax.core.pytree import pytree
 from diffjax.core.types import Prediction
 
@@ -136,9 +138,23 @@ class PointMass(_Oracle):
         return Prediction(m, (x_t - alpha * m) / sigma)
 
 
+@pytree
+class Isotropic:
+    """Centred data of deviation `std`, eq. (4), bound to a process: a DenoiseFn for any tree x."""
+
+    process: object
+    std: object = 0.7
+
+    def __call__(self, x_t, t):
+        alpha, _, sigma = self.process.coeffs(t)
+        variance = (alpha * self.std) ** 2 + sigma**2
+        return Prediction(scale(alpha * self.std**2 / variance, x_t), scale(sigma / variance, x_t))
+
+
 def gaussian(dim=3, dtype=jnp.float32):
     """A Gaussian with distinct means and deviations."""
-    return Gaussian(jnp.linspace(-0.5, 0.7, dim, dtype=dtype), jnp.linspace(0.3, 0.8, dim, dtype=dtype))
+    mean = jnp.linspace(-0.5, 0.7, dim, dtype=dtype)
+    return Gaussian(mean, jnp.linspace(0.3, 0.8, dim, dtype=dtype))
 
 
 def mixture(dim=2, dtype=jnp.float32):

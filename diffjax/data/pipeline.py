@@ -170,7 +170,13 @@ def prefetch(
         if not flags.is_parsed():
             flags.mark_as_parsed()
         data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
+        data = data.map(_owned)
     return _closing(iter(data))
+
+
+def _owned(batch: Batch) -> Batch:
+    """A copy outside of the workers' shared memory, which must not outlive grain's own objects."""
+    return {key: np.array(value) for key, value in batch.items()}
 
 
 def _closing(iterator: Any) -> Iterator[Batch]:

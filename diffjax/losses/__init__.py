@@ -1,0 +1,33 @@
+"""Training objectives: denoising score matching, its weightings and its times."""
+
+from diffjax.losses.matching import Reduce, denoising_score_matching, half_sum, mean
+from diffjax.losses.times import (
+    DiscreteTimes,
+    ImportanceTimes,
+    LogNormalTimes,
+    StratifiedTimes,
+    TimeDistribution,
+    Times,
+    TimeSampler,
+    UniformTimes,
+)
+from diffjax.losses.weights import Likelihood, MinSNR, Sigmoid, Weight
+
+__all__ = [
+    "DiscreteTimes",
+    "ImportanceTimes",
+    "Likelihood",
+    "LogNormalTimes",
+    "MinSNR",
+    "Reduce",
+    "Sigmoid",
+    "StratifiedTimes",
+    "TimeDistribution",
+    "TimeSampler",
+    "Times",
+    "UniformTimes",
+    "Weight",
+    "denoising_score_matching",
+    "half_sum",
+    "mean",
+]

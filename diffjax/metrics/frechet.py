@@ -22,9 +22,9 @@ Three things to know before quoting a number:
   the features of that network.
 
 References: Dowson, Landau, "The Fréchet distance between multivariate normal distributions", 1982,
-https://doi.org/10.1016/0047-259X(82)90077-X (1); Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter,
-"GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017,
-https://arxiv.org/abs/1706.08500.
+https://doi.org/10.1016/0047-259X(82)90077-X (1); Heusel, Ramsauer, Unterthiner, Nessler,
+Hochreiter, "GANs trained by a two time-scale update rule converge to a local Nash equilibrium",
+2017, https://arxiv.org/abs/1706.08500.
 """
 
 from typing import NamedTuple
@@ -113,7 +113,7 @@ def _float64(pair: Pair) -> np.ndarray:
 
 
 def _root(name: str, cov: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance; directions within rounding of no variance get 0."""
+    """The symmetric square root of a covariance; what is within rounding of no variance gets 0."""
     if not np.all(np.isfinite(cov)):
         raise ValueError(f"{name} must be finite; it holds NaN or infinity.")
     values, vectors = np.linalg.eigh(0.5 * (cov + cov.T))

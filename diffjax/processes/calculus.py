@@ -90,9 +90,17 @@ def inverse_log_snr_by_bisection(process: Process, lam: Array) -> Array:
 
     The last step is one Newton step from a point held constant: it squares the error and carries
     the exact derivatives with respect to lam and to the process's constants.
+
+    Raises ValueError for a schedule per pixel, which has no single log-SNR.
     """
     lam = jnp.asarray(lam)
     low = jnp.full_like(lam, process.t_min)
+    if (shape := jax.eval_shape(process.coeffs, low).sigma.shape) != low.shape:
+        raise ValueError(
+            f"A schedule per pixel has no single log-SNR to invert: {type(process).__name__} gives "
+            f"coefficients of shape {shape} for times of shape {low.shape}. Use grids.uniform or "
+            "grids.quadratic, and a solver without churn."
+        )
     high = jnp.full_like(lam, process.t_max)
 
     def halve(_, ends):

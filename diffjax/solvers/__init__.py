@@ -1,5 +1,6 @@
 """Solvers of the reverse SDE and the probability flow, and the driver that runs them."""
 
+from diffjax.solvers import grids
 from diffjax.solvers.ancestral import DDIM, Ancestral
 from diffjax.solvers.base import Final, Keep, NoiselessPredictor, Solver, ToEnd, Tweedie, XState
 from diffjax.solvers.corrector import Corrector, Langevin, PredictorCorrector
@@ -26,5 +27,6 @@ __all__ = [
     "ToEnd",
     "Tweedie",
     "XState",
+    "grids",
     "sample",
 ]

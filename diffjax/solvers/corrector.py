@@ -70,8 +70,13 @@ class Langevin:
     def correct(
         self, keys: Key, denoise: DenoiseFn, process: Process, x: PyTree, t: Array, s: Array
     ) -> PyTree:
-        """x after n_steps of eq. (1), like x."""
+        """x after n_steps of eq. (1), like x. Raises ValueError for a schedule per pixel."""
         a2 = (process.coeffs(t).alpha / process.coeffs(s).alpha) ** 2
+        if a2.shape != jnp.shape(t):
+            raise ValueError(
+                "Langevin takes one step size a sample, so it cannot use a schedule per pixel; got "
+                f"coefficients of shape {a2.shape} at one time. Leave the corrector out."
+            )
 
         def body(x, i):
             g = score(process, denoise(x, t), t)

@@ -76,7 +76,7 @@ def sample(
     """
     x = at_least_float32(x)
     times = jnp.asarray(times)
-    _check(denoise, times, solver, process, final, n_steps)
+    check_solve(denoise, times, solver, process, final, n_steps)
     keys = random.sample_keys(key, batch_size(x))
     intervals = times.shape[0] - 1
     padding = 0 if n_steps is None else intervals - n_steps
@@ -105,15 +105,18 @@ def sample(
     return Result(state.x, state, nfe, saved)
 
 
-def _check(
+def check_solve(
     denoise: DenoiseFn,
     times: Array,
     solver: Solver,
     process: Process,
     final: Final,
-    n_steps: int | Array | None,
+    n_steps: int | Array | None = None,
 ) -> None:
-    """Raises ValueError for a grid that the solve cannot use; traced grids go to checkify."""
+    """Raises what `sample` would for these arguments: call it before a jitted `sample`.
+
+    Inside `jit` the values of `times` are unknown and go to checkify.
+    """
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must have shape (n+1,) with n >= 1; got {times.shape}.")
     if not jnp.issubdtype(times.dtype, jnp.floating):
@@ -121,22 +124,18 @@ def _check(
     intervals = times.shape[0] - 1
     if n_steps is not None:
         checks.in_range("n_steps", n_steps, 1, intervals)
-    known = checks.concrete(times)
+    known, count = checks.concrete(times), checks.concrete(n_steps)
+    if known is None or (n_steps is not None and count is None):
+        _check_when_run(times, intervals if n_steps is None else jnp.asarray(n_steps))
     if known is None:
-        checkify.debug_check(
-            jnp.all(jnp.diff(times) <= 0) | jnp.all(jnp.diff(times) > 0),
-            "times must be monotonic; got {times}.",
-            times=times,
-        )
         return
-    count = checks.concrete(n_steps)
-    start = 0 if n_steps is None else intervals - (intervals if count is None else int(count))
+    start = 0 if count is None else intervals - int(count)
     real = known[start:]
     steps = real[1:] - real[:-1]
     increasing = bool(steps[0] > 0)
-    wrong = steps <= 0 if increasing else steps >= 0
+    wrong = ~(steps > 0) if increasing else ~(steps < 0)
     if n_steps is not None and count is None:
-        wrong = steps > 0  # repeats may be padding
+        wrong = ~(steps <= 0)  # repeats may be padding
     if wrong.any():
         i = int(wrong.argmax()) + start
         raise ValueError(
@@ -148,3 +147,21 @@ def _check(
     final.check(solver, end_sigma, increasing)
     if hasattr(denoise, "check_times"):
         denoise.check_times(known[:-1])
+
+
+def _check_when_run(times: Array, n_steps: int | Array) -> None:
+    """Leaves debug checks of a grid or a number of steps whose values are not known yet."""
+    intervals = times.shape[0] - 1
+    checkify.debug_check(
+        (jnp.asarray(n_steps) >= 1) & (n_steps <= intervals),
+        "n_steps must lie in [1, {intervals}], the intervals of the padded grid; got {n_steps}.",
+        intervals=jnp.asarray(intervals),
+        n_steps=jnp.asarray(n_steps),
+    )
+    steps, padding = jnp.diff(times), jnp.arange(intervals) < intervals - n_steps
+    checkify.debug_check(
+        jnp.all((steps < 0) | padding) | jnp.all((steps > 0) | padding),
+        "times must decrease strictly (or increase, to invert); got {times}. Build it with "
+        "diffjax.grids, or pass n_steps= if it is padded in front.",
+        times=times,
+    )

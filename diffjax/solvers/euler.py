@@ -9,28 +9,41 @@ Symbols: h = s - t < 0, z standard normal, a, r of `diffjax.processes.calculus.b
 (3) discretises the reverse SDE as the forward transition (a, b^2) was: on DDPM's and SMLD's own
 grids it is the reference code's `reverse_diffusion`, for sub-VP it uses the exact transition where
 the reference falls back on (2). Euler ends with one exact linear step (DDIM's), which lands on x0
-where sigma = 0; the stochastic methods end without noise.
+where sigma = 0. The stochastic methods end without their noise, and on x0 itself where sigma = 0:
+(2) and (3) without noise would leave some there (all of it, with the opposite sign, for
+Euler-Maruyama from sigma to 0 in one step of EDM's process).
 
 References:
 [1] Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
     https://arxiv.org/abs/2011.13456, appendices D and E.
 """
 
+import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks, random
-from diffjax.core.numerics import combine, safe_sqrt
+from diffjax.core.numerics import combine, expand, safe_sqrt
 from diffjax.core.pytree import pytree
-from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, Prediction, PyTree
 from diffjax.processes.base import Process
-from diffjax.processes.calculus import between, rates, reverse_drift, velocity
+from diffjax.processes.calculus import Step, between, rates, reverse_drift, velocity
 from diffjax.solvers.base import XState
 
 
-def linear_step(process: Process, prediction, s: Array) -> PyTree:
+def linear_step(process: Process, prediction: Prediction, s: Array) -> PyTree:
     """alpha_s x0 + sigma_s eps: exact where the prediction is constant along the path (DDIM)."""
     at_s = process.coeffs(s)
     return combine((at_s.alpha, prediction.x0), (at_s.sigma, prediction.eps))
+
+
+def _landed(process: Process, mean: PyTree, x0: PyTree, s: Array) -> PyTree:
+    """alpha_s x0 where sigma_s = 0, else `mean`."""
+    at_s = process.coeffs(s)
+
+    def choose(mean, x0):
+        return jnp.where(expand(at_s.sigma, mean) == 0, expand(at_s.alpha, x0) * x0, mean)
+
+    return jax.tree.map(choose, mean, x0)
 
 
 @pytree
@@ -99,16 +112,23 @@ class EulerMaruyama:
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
         """Eq. (2)."""
-        mean = self.finish(keys, denoise, process, state, t, s).x
+        mean = self._mean(process, state.x, denoise(state.x, t), t, s)
         z = random.normal_like(keys, "euler_maruyama", state.x)
         return XState(combine((jnp.ones_like(t), mean), (self._spread(process, t, s), z)))
 
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
-        """Eq. (2) without its noise."""
-        slope = reverse_drift(process, state.x, denoise(state.x, t), t)
-        return XState(combine((jnp.ones_like(t), state.x), (s - t, slope)))
+        """Eq. (2) without its noise; x0 where sigma_s = 0."""
+        prediction = denoise(state.x, t)
+        mean = self._mean(process, state.x, prediction, t, s)
+        return XState(_landed(process, mean, prediction.x0, s))
+
+    def _mean(
+        self, process: Process, x: PyTree, prediction: Prediction, t: Array, s: Array
+    ) -> PyTree:
+        slope = reverse_drift(process, x, prediction, t)
+        return combine((jnp.ones_like(t), x), (s - t, slope))
 
     def _spread(self, process: Process, t: Array, s: Array) -> Array:
         return safe_sqrt(rates(process, t).g2 * (t - s))
@@ -137,8 +157,8 @@ class ReverseDiffusion:
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
         """Eq. (3)."""
-        mean = self.finish(keys, denoise, process, state, t, s).x
         move = between(process, t, s)
+        mean = self._mean(move, state.x, denoise(state.x, t))
         z = random.normal_like(keys, "reverse_diffusion", state.x)
         spread = move.at_t.sigma * safe_sqrt(move.gain)
         return XState(combine((jnp.ones_like(t), mean), (spread, z)))
@@ -146,7 +166,10 @@ class ReverseDiffusion:
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
-        """Eq. (3) without its noise."""
-        move = between(process, t, s)
-        eps = denoise(state.x, t).eps
-        return XState(combine((2 - move.a, state.x), (-move.at_t.sigma * move.gain, eps)))
+        """Eq. (3) without its noise; x0 where sigma_s = 0."""
+        prediction = denoise(state.x, t)
+        mean = self._mean(between(process, t, s), state.x, prediction)
+        return XState(_landed(process, mean, prediction.x0, s))
+
+    def _mean(self, move: Step, x: PyTree, prediction: Prediction) -> PyTree:
+        return combine((2 - move.a, x), (-move.at_t.sigma * move.gain, prediction.eps))

@@ -5,7 +5,8 @@ Symbols: h = s - t, v(x, t) = alpha' x0 + sigma' eps, sigma~ = sigma/alpha, z st
     Heun    d = v(x_t, t),   x' = x_t + h d,   x_s = x_t + h/2 (d + v(x', s))                    (1)
     churn   sigma~(t^) = (1 + gamma) sigma~(t),   gamma = min(s_churn/n, sqrt(2) - 1)
             x_t^ = (alpha_t^/alpha_t) x_t + s_noise b z,   b^2 of the transition t -> t^         (2)
-            applied where s_min <= sigma~(t) <= s_max, then a step of any solver from t^ to s
+            applied where s_min <= sigma~(t) <= s_max and sigma~(t) is finite (a flow at t = 1 has
+            no level above), then a step of any solver from t^ to s
 
 On the EDM process (sigma = t) these are algorithms 1 and 2 of [1]. The last interval is one exact
 linear step, which for EDM is Euler's: 2n - 1 calls in all, and global order 2 is kept.
@@ -107,13 +108,18 @@ class EDMChurn:
         lam = log_snr(process, t)
         level = jnp.exp(-lam / 2)
         gamma = jnp.minimum(self.s_churn / self.n_steps, math.sqrt(2) - 1)
-        gamma = jnp.where((level >= self.s_min) & (level <= self.s_max), gamma, 0.0)
+        within = (level >= self.s_min) & (level <= self.s_max) & jnp.isfinite(level)
+        gamma = jnp.where(within, gamma, 0.0)
         raised = inverse_log_snr(process, lam - 2 * jnp.log1p(gamma))
         raised = jnp.where(gamma > 0, jnp.maximum(raised, t), t)
         move = between(process, raised, t)
         z = random.normal_like(keys, "churn", state.x)
-        spread = self.s_noise * move.at_t.sigma * safe_sqrt(move.gain)
-        return state._replace(x=combine((move.a, state.x), (spread, z))), raised
+        # Where nothing is raised, 1 - r^2 is rounding error, and its root would be visible; and
+        # where alpha_t = 0 it is no number, nor is a.
+        up = raised > t
+        kept, gain = jnp.where(up, move.a, 1), jnp.where(up, move.gain, 0)
+        spread = self.s_noise * move.at_t.sigma * safe_sqrt(gain)
+        return state._replace(x=combine((kept, state.x), (spread, z))), raised
 
     def step(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: Any, t: Array, s: Array

@@ -82,7 +82,11 @@ class Checkpointer:
             kept.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=(_TRAIN, _EMA, _META),
+            item_handlers={
+                _TRAIN: ocp.StandardCheckpointHandler(),
+                _EMA: ocp.StandardCheckpointHandler(),
+                _META: ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=writable,
@@ -142,8 +146,8 @@ class Checkpointer:
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Meta]:
         """The state of checkpoint `step`, by default the newest that can be read.
 
-        like: arrays, or `state.abstract` of them; dtypes and shardings of the result are theirs, so
-        it may lie on another mesh than the one that saved. Where the newest is damaged, the one
+        like: `state.abstract` of such a state; the result has its dtypes and shardings, so it may
+        lie on another mesh than the one that saved. Where the newest is damaged, the one
         before is taken, a warning names the damaged one, and it is set aside as `<step>.damaged`.
         Raises CheckpointError where nothing can be read, where the checkpoint is of another model,
         and for a schema from the future.
@@ -156,7 +160,7 @@ class Checkpointer:
         return self._newest(read, step)
 
     def restore_ema(self, like: PyTree, step: int | None = None) -> tuple[PyTree, Meta]:
-        """The averaged weights alone, otherwise as `restore`. like: as params, e.g. abstract."""
+        """The averaged weights alone, otherwise as `restore`. like: abstract, as params."""
         return self._newest(lambda step: self._restore(step, _EMA, like), step)
 
     def meta(self, step: int | None = None) -> Meta:
@@ -232,8 +236,10 @@ class Checkpointer:
 
     def _check_matches(self, step: int, item: str, like: PyTree) -> None:
         """Raises CheckpointError where the stored leaves have other names or shapes than `like`."""
-        stored = _shapes(self._manager.item_metadata(step)[item].tree)
-        wanted = _shapes(like)
+        metadata = self._manager.item_metadata(step)[item]
+        if metadata is None:
+            raise FileNotFoundError(f"{self._path(step) / item} is missing or empty")
+        stored, wanted = _shapes(metadata.tree), _shapes(like)
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise CheckpointError(
@@ -266,7 +272,8 @@ def _check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            error.errno, f"Cannot write checkpoints ({error.strerror}); choose another workdir",
+            error.errno,
+            f"Cannot write checkpoints ({error.strerror}); choose another workdir",
             str(directory),
         ) from error
 

@@ -1,0 +1,1 @@
+"""Published configurations; see each module."""

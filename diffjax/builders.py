@@ -1,0 +1,403 @@
+"""From a config to objects: the only room that reads configs.
+
+A config is an `ml_collections.ConfigDict` of sections. A section names a member of a family and
+gives its arguments:
+
+    config.process = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0}
+
+Each family is one explicit dict below. `name` may also be "package.module:callable": it is called
+with the section's other fields, so your own nets, processes and data need no change here. An
+argument that the callable does not take raises, with the nearest name it does take.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffjax import losses, prediction, processes, solvers
+from diffjax.core.quantise import Quantisation
+from diffjax.core.random import sample_keys, tag
+from diffjax.core.types import Array, Key, PyTree
+from diffjax.losses import denoising_score_matching
+from diffjax.nets.mlp import MLP
+from diffjax.nets.ncsnpp import NCSNpp
+from diffjax.prediction import precondition
+from diffjax.solvers import grids
+
+Section = Mapping[str, Any]
+
+PROCESSES: dict[str, Callable[..., processes.Process]] = {
+    "vp": processes.VP,
+    "subvp": processes.SubVP,
+    "ve": processes.VE,
+    "edm": processes.EDM,
+    "cosine": processes.Cosine,
+    "ddpm": processes.Tabulated.ddpm,
+    "rectified_flow": processes.RectifiedFlow,
+}
+
+NETS: dict[str, Callable[..., Any]] = {"ncsnpp": NCSNpp, "mlp": MLP}
+
+
+def _plain(kind: str) -> precondition.Precondition:
+    """A kind of output with the unscaled input and t itself as label."""
+    return precondition.Precondition(
+        prediction.as_kind(kind),
+        precondition.Unscaled(),
+        precondition.Time(),  # type: ignore[arg-type]
+    )
+
+
+PRECONDITIONS: dict[str, Callable[..., precondition.Precondition]] = {
+    "plain": _plain,
+    "score_sde_vp": precondition.score_sde_vp,
+    "score_sde_ve": precondition.score_sde_ve,
+    "edm": precondition.edm,
+    "edm_vp": precondition.vp,
+    "edm_ve": precondition.ve,
+    "iddpm": precondition.iddpm,
+}
+
+GRIDS: dict[str, Callable[..., Array]] = {
+    "uniform": grids.uniform,
+    "quadratic": grids.quadratic,
+    "log_snr": grids.log_snr,
+    "karras": grids.karras,
+}
+
+PREDICTORS: dict[str, Callable[..., solvers.Solver]] = {
+    "euler": solvers.Euler,
+    "heun": solvers.Heun,
+    "ddim": solvers.DDIM,
+    "ancestral": solvers.Ancestral,
+    "euler_maruyama": solvers.EulerMaruyama,
+    "reverse_diffusion": solvers.ReverseDiffusion,
+}
+
+
+def _pc(
+    predictor: str = "reverse_diffusion",
+    corrector: str = "langevin",
+    snr: float = 0.16,
+    n_steps_each: int = 1,
+    coupling: str = "sample",
+) -> solvers.Solver:
+    """Predictor-corrector under the reference code's names."""
+    made = make(PREDICTORS, {"name": predictor}, "sampling.solver.predictor")
+    correctors = {"langevin": solvers.Langevin}
+    section = {"name": corrector, "snr": snr, "n_steps": n_steps_each, "coupling": coupling}
+    return solvers.PredictorCorrector(made, make(correctors, section, "sampling.solver.corrector"))
+
+
+def _edm_stochastic(n_steps: int, s_churn: float = 40.0, **bounds: float) -> solvers.Solver:
+    """EDM's algorithm 2: Heun with churn."""
+    return solvers.EDMChurn(solvers.Heun(), s_churn=s_churn, n_steps=n_steps, **bounds)
+
+
+FINALS: dict[str, Callable[..., solvers.Final]] = {
+    "to_end": solvers.ToEnd,
+    "tweedie": solvers.Tweedie,
+    "noiseless_predictor": solvers.NoiselessPredictor,
+    "keep": solvers.Keep,
+}
+
+
+class BuildError(ValueError):
+    """A config that cannot be built; the message names the field, the value and the way out."""
+
+
+def make(family: Mapping[str, Callable[..., Any]], section: Section, where: str, **given: Any):
+    """Calls the member that `section["name"]` names with the section's other fields and `given`.
+
+    where: the section's place in the config, for messages. Raises BuildError for an unknown name,
+    a field that the member does not take, or values that it refuses.
+    """
+    fields = {key: _frozen(value) for key, value in dict(section).items()}
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise BuildError(f"config.{where}.name must name one of {', '.join(family)}; got {name!r}.")
+    member = _imported(name, where) if ":" in name else family.get(name)
+    if member is None:
+        near = difflib.get_close_matches(name, family, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise BuildError(
+            f"config.{where}.name = {name!r} is unknown; choose one of {', '.join(family)}, or "
+            f"give your own as 'package.module:callable'.{hint}"
+        )
+    _check_fields(member, fields, where)
+    try:
+        return member(**fields, **{k: v for k, v in given.items() if k not in fields})
+    except (TypeError, ValueError) as error:
+        raise BuildError(f"config.{where} ({name}): {error}") from error
+
+
+def _imported(name: str, where: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise BuildError(f"config.{where}.name = {name!r} cannot be imported: {error}.") from error
+
+
+def _check_fields(member: Callable[..., Any], fields: Mapping[str, Any], where: str) -> None:
+    parameters = inspect.signature(member).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [n for n in parameters if n not in ("parent", "name")]
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(known)}."
+            raise BuildError(f"config.{where}.{field} is not a field of this {where}.{hint}")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples: networks must be hashable, and JSON knows no tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    return value
+
+
+class Parts(NamedTuple):
+    """What a config says of the model: everything that training and sampling share."""
+
+    process: processes.Process
+    net: Any  # a linen module
+    precondition: precondition.Precondition
+    quantisation: Quantisation
+    image_shape: tuple[int, int, int]
+    num_classes: int | None  # of the conditions that the network takes; None: unconditional
+
+    def denoiser(self, params: PyTree, cond: Array | None = None) -> prediction.Denoiser:
+        """The network with these weights as a denoiser, without dropout. cond: labels, (B,)."""
+        return prediction.make_denoiser(
+            self.net.apply,
+            self.process,
+            variables={"params": params},
+            cond=cond,
+            **self.precondition._asdict(),
+        )
+
+    def init_params(self, key: Key) -> PyTree:
+        """New weights. A label of one: the logarithm of a noise level 0 would be infinite."""
+        x = jnp.zeros((1, *self.image_shape), jnp.float32)
+        cond = None if self.num_classes is None else jnp.zeros((1,), jnp.int32)
+        return self.net.init(key, x, jnp.ones((1,), jnp.float32), cond)["params"]
+
+
+def build_parts(config: Any) -> Parts:
+    """The model's parts of a config. Raises BuildError."""
+    net = make(NETS, config.model, "model")
+    return Parts(
+        process=make(PROCESSES, config.process, "process"),
+        net=net,
+        precondition=make(PRECONDITIONS, config.precondition, "precondition"),
+        quantisation=build_quantisation(config),
+        image_shape=(*_image_size(config.data.image_size), config.data.num_channels),
+        num_classes=getattr(net, "num_classes", None),
+    )
+
+
+def _image_size(size: Any) -> tuple[int, int]:
+    """One number for square images, or (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def build_quantisation(config: Any) -> Quantisation:
+    """The map between stored levels and the model's range: [-1, 1] if centered, else [0, 1]."""
+    data = config.data
+    return Quantisation(
+        levels=data.levels,
+        low=-1.0 if data.centered else 0.0,
+        placement="centres" if data.uniform_dequantization else "ends",
+    )
+
+
+# Fields of the data section that say what is done with a batch; the others choose the source.
+_PREPROCESSING = (
+    "image_size",
+    "num_channels",
+    "levels",
+    "centered",
+    "random_flip",
+    "uniform_dequantization",
+    "train_split",
+    "eval_split",
+)
+
+
+def build_source(config: Any, split: str) -> Any:
+    """The source of a split, "train" or "eval", held in memory where that saves decoding.
+
+    Raises BuildError where the data are not what the config says.
+    """
+    from diffjax import data
+
+    families: dict[str, Callable[..., Any]] = {
+        "digits": data.digits_source,
+        "tfds": lambda dataset, split, **kw: data.tfds_source(dataset, split, **kw),
+        "npz": lambda split, train_path, eval_path, **kw: data.array_source(
+            train_path if split == config.data.train_split else eval_path, **kw
+        ),
+        "folder": lambda split, train_path, eval_path, **kw: data.folder_source(
+            train_path if split == config.data.train_split else eval_path, **kw
+        ),
+    }
+    chosen = {"train": config.data.train_split, "eval": config.data.eval_split}[split]
+    section = {k: v for k, v in dict(config.data).items() if k not in _PREPROCESSING}
+    source = make(families, section, "data", split=chosen)
+    expected = (*_image_size(config.data.image_size), config.data.num_channels)
+    info = source.info
+    if tuple(info.shape) != expected or info.levels != config.data.levels:
+        raise BuildError(
+            f"config.data says images of shape {expected} with {config.data.levels} levels; "
+            f"{info.name} has {tuple(info.shape)} with {info.levels}. Set image_size, "
+            "num_channels and levels to the data's."
+        )
+    return source
+
+
+TIMES: dict[str, Callable[..., losses.TimeDistribution]] = {
+    "uniform": losses.UniformTimes,
+    "log_normal": losses.LogNormalTimes,
+    "importance": losses.ImportanceTimes,
+    "discrete": losses.DiscreteTimes,
+}
+
+# Every kind of output is a weighting too; see `diffjax.losses.weights`.
+WEIGHTS: dict[str, Callable[..., losses.Weight]] = {
+    "simple": prediction.Eps,
+    "x0": prediction.X0,
+    "v": prediction.V,
+    "velocity": prediction.Velocity,
+    "edm": prediction.EDMF,
+    "likelihood": losses.Likelihood,
+    "min_snr": losses.MinSNR,
+    "sigmoid": losses.Sigmoid,
+}
+
+REDUCES: dict[str, Callable[..., Any]] = {"mean": losses.mean, "half_sum": losses.half_sum}
+
+
+def build_times(section: Section) -> losses.TimeSampler:
+    """The sampler of training times; `stratified` spreads any of them over the batch."""
+    section = dict(section)
+    stratified = section.pop("stratified", False)
+    times = make(TIMES, section, "loss.times")
+    return losses.StratifiedTimes(times) if stratified else times
+
+
+def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
+    """loss_fn(params, key, batch) -> (per-image losses (B,), aux) of one batch of levels.
+
+    batch: {"image": uint8 (B, H, W, C), "label": (B,) for a conditional network}. train: with
+    dropout and flips.
+    """
+    from diffjax.data import model_input
+
+    times = build_times(config.loss.times)
+    weight = make(WEIGHTS, config.loss.weight, "loss.weight")
+    if config.loss.reduce not in REDUCES:
+        raise BuildError(
+            f"config.loss.reduce must be one of {', '.join(REDUCES)}; got {config.loss.reduce!r}."
+        )
+    reduce = REDUCES[config.loss.reduce]
+
+    def loss_fn(params: PyTree, key: Key, batch: Mapping[str, Array]):
+        keys = sample_keys(key, batch["image"].shape[0])
+        x0 = model_input(
+            keys,
+            batch["image"],
+            parts.quantisation,
+            flip=train and config.data.random_flip,
+            dequantise=config.data.uniform_dequantization,
+        )
+        rngs = {"dropout": jax.random.fold_in(key, tag("dropout"))} if train else None
+        denoise = prediction.make_denoiser(
+            functools.partial(parts.net.apply, train=train, rngs=rngs),
+            parts.process,
+            variables={"params": params},
+            cond=None if parts.num_classes is None else batch["label"],
+            **parts.precondition._asdict(),
+        )
+        return denoising_score_matching(
+            keys, denoise, parts.process, x0, times=times, weight=weight, reduce=reduce
+        )
+
+    return loss_fn
+
+
+class Sampling(NamedTuple):
+    """How to sample: what `solvers.sample` takes beside the model."""
+
+    times: Array
+    solver: solvers.Solver
+    final: solvers.Final
+
+
+SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
+    **PREDICTORS,
+    "pc": _pc,
+    "edm_stochastic": _edm_stochastic,
+}
+
+
+def build_sampling(
+    config: Any,
+    process: processes.Process,
+    *,
+    solver: str | solvers.Solver | None = None,
+    steps: int | None = None,
+) -> Sampling:
+    """The config's way of sampling, or another solver or number of steps.
+
+    solver: a name among `SOLVERS`, a solver, or None for the config's. The grid and the end are the
+    config's. Raises BuildError.
+    """
+    section = config.sampling
+    steps = section.steps if steps is None else steps
+    if solver is None:
+        solver = section.solver
+    if isinstance(solver, str):
+        # The config's own options belong to it by name; another solver comes with its defaults.
+        solver = section.solver if solver == section.solver["name"] else {"name": solver}
+    if isinstance(solver, Mapping) or hasattr(solver, "to_dict"):
+        given = {"n_steps": steps} if solver["name"] == "edm_stochastic" else {}
+        solver = make(SOLVERS, solver, "sampling.solver", **given)
+    times = make(GRIDS, section.grid, "sampling.grid", process=process, n=steps)
+    return Sampling(times, solver, make(FINALS, {"name": section.final}, "sampling.final"))
+
+
+def build_optimizer(config: Any) -> tuple[Any, Any]:
+    """(optax transformation, learning-rate schedule) of the optim section. Raises BuildError."""
+    from diffjax.train import optim
+
+    section = dict(config.optim)
+    decay = section.pop("decay")
+    schedule = make(
+        {"constant": optim.learning_rate, "cosine": optim.learning_rate},
+        {"name": decay, "peak": section.pop("lr"), "warmup": section.pop("warmup")}
+        | {k: section.pop(k) for k in ("final_fraction",) if k in section},
+        "optim",
+        **({"decay_steps": config.training.n_iters} if decay == "cosine" else {}),
+    )
+    name = section.pop("optimizer").lower()
+    return make(
+        {"adam": optim.adam}, {"name": name, **section}, "optim", schedule=schedule
+    ), schedule
+
+
+def build_ema(config: Any) -> Any:
+    """The rule of the averaged weights. Raises BuildError."""
+    from diffjax.train import ema
+
+    families = {"constant": ema.ConstantEMA, "warmup": ema.WarmupEMA, "half_life": ema.HalfLifeEMA}
+    section = dict(config.ema)
+    given = {"batch_size": config.training.batch_size} if section["name"] == "half_life" else {}
+    return make(families, section, "ema", **given)

@@ -1,0 +1,91 @@
+"""`diffjax sample`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from diffjax.cli import flags
+from diffjax.runs.workdir import RunError
+
+ABOUT = """diffjax sample: draw images from a trained model.
+
+  diffjax sample --workdir=W --num=100 --solver=heun --steps=20
+  diffjax sample --workdir=W --seeds=0-49999 --format=png --out=W/images
+
+Writes <out>/<name>.npz (`images`, uint8 levels) or <out>/<name>/<i>.png, and a grid <name>.png.
+Image i depends on its seed alone: not on the batch size, nor on how many are drawn."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parses and samples."""
+    return flags.guarded("sample", lambda: _sample(argv))
+
+
+def _sample(argv: Sequence[str]) -> int:
+    values = absl_flags.FlagValues()
+    define = {"flag_values": values}
+    absl_flags.DEFINE_string("workdir", None, "the run to sample from", **define)
+    absl_flags.DEFINE_string("out", None, "where to write; the workdir by default", **define)
+    absl_flags.DEFINE_string("name", "samples", "name of the files", **define)
+    absl_flags.DEFINE_integer("num", 64, "number of images, with seeds 0, 1, ...", **define)
+    absl_flags.DEFINE_string("seeds", None, "one seed an image, as 0-99 or 3,5,8", **define)
+    absl_flags.DEFINE_string("labels", None, "classes, as 0-9 or 3,3,8, repeated", **define)
+    absl_flags.DEFINE_string("solver", None, "solver; the config's by default", **define)
+    absl_flags.DEFINE_integer("steps", None, "intervals of the grid; the config's", **define)
+    absl_flags.DEFINE_integer("step", None, "checkpoint; the newest by default", **define)
+    absl_flags.DEFINE_integer("batch_size", None, "images at once; the config's", **define)
+    absl_flags.DEFINE_string("format", "npz", "npz or png", **define)
+    absl_flags.DEFINE_bool("path", False, "also draws the denoising path", **define)
+    from diffjax import builders
+
+    about = f"{ABOUT}\nSolvers: {', '.join(builders.SOLVERS)}."
+    if not flags.parse(values, argv, about):
+        return 0
+    if values.workdir is None:
+        raise RunError("--workdir is missing: the run to sample from.")
+    flags.enable_compilation_cache()
+    from diffjax.runs.model import load
+    from diffjax.runs.sample import sample_to, seed_keys, write_path
+
+    model = load(values.workdir, step=values.step)
+    seeds = numbers("seeds", values.seeds) if values.seeds else list(range(values.num))
+    labels = numbers("labels", values.labels) if values.labels else None
+    if labels is not None:
+        labels = [labels[i % len(labels)] for i in range(len(seeds))]
+    options = {"solver": values.solver, "steps": values.steps, "labels": labels}
+    out = Path(values.out or values.workdir)
+    with flags.bar("images", len(seeds)) as progress:
+        written = sample_to(
+            model,
+            out,
+            key=seed_keys(seeds),
+            num=len(seeds),
+            format=values.format,
+            name=values.name,
+            batch_size=values.batch_size,
+            progress=progress,
+            **options,
+        )
+    files = [written.files[0], written.files[-1]] if len(written.files) > 3 else written.files
+    if values.path:
+        path = out / f"{values.name}_path.png"
+        write_path(model, path, seeds=seeds[:6], **options)
+        files = [*files, path]
+    print(f"Drew {len(seeds)} images of step {model.step}: {', '.join(map(str, files))}.")
+    return 0
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """ "0-3,7" as [0, 1, 2, 3, 7]. Raises RunError for anything else."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)):
+            raise RunError(
+                f"--{name} takes numbers and ranges such as 0-99 or 3,5,8; got {text!r}."
+            )
+        found += range(int(first), int(last) + 1) if dash else [int(first)]
+    if not found:
+        raise RunError(f"--{name} names no number; got {text!r}.")
+    return found

@@ -1,0 +1,205 @@
+"""Which times a batch is trained or evaluated at.
+
+Symbols: u uniform on [0, 1); t the time; i = 0 ... B-1 a sample's place in the batch; lam the
+log-SNR, sigma~ = sigma/alpha the noise level; N a number of levels.
+
+    uniform      t = t_min + u (t_max - t_min)                       weight 1                    (1)
+    importance   lam(t) = lam_0 + u (lam_1 - lam_0), the ends at t_min and t_max
+                 weight (lam_0 - lam_1) / ((t_max - t_min) (-d lam/dt))                          (2)
+    log-normal   ln sigma~(t) = mean + std Phi^-1(u)                 weight 1                    (3)
+    discrete     t = (k + 1)/N,  k = floor(u N)                      weight 1                    (4)
+    stratified   u_i = (u + i/B) mod 1, one u for the batch, in (1) ... (4)                      (5)
+
+A sampler says which mean over t a loss estimates, and how. (1) and (2) estimate the same, that over
+uniform t: (2) asks more often where the likelihood weighting g^2/sigma^2 = -d lam/dt is large and
+divides by that density, so that weight times weighting is constant [1, 2]. (3) and (4) are other
+means: the density belongs to the objective, as in EDM [3] and DDPM.
+
+Each of (1) to (4) draws sample i's time from sample i's key. (5) is the one exception to batch
+invariance in this room: B evenly spaced times, whose mean has less variance, cannot be chosen
+without knowing i and B. A single time is still distributed as the inner sampler's, so per-sample
+losses stay unbiased. Under a mesh i and B are those of the whole batch; inside `shard_map` they are
+the shard's.
+
+(4) is the grid of `processes.Tabulated`: level k stands at t = (k + 1)/N.
+
+References:
+[1] Song, Durkan, Murray, Ermon, "Maximum Likelihood Training of Score-Based Diffusion Models",
+    2021, https://arxiv.org/abs/2101.09258, section 5.
+[2] Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", 2021,
+    https://arxiv.org/abs/2107.00630, appendix I, for (2) and (5).
+[3] Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
+    https://arxiv.org/abs/2206.00364, table 1.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.core import checks, random
+from diffjax.core.pytree import pytree, static
+from diffjax.core.types import Array, Key, Number
+from diffjax.processes.base import Process
+from diffjax.processes.calculus import inverse_log_snr, log_snr, rates
+
+
+class Times(NamedTuple):
+    """t (B,), and the factor (B,) that each sample's loss is multiplied by."""
+
+    t: Array
+    weight: Array
+
+
+class TimeSampler(Protocol):
+    """Draws one time a sample; see the module's docstring."""
+
+    def __call__(self, keys: Key, process: Process) -> Times: ...
+
+
+class TimeDistribution(TimeSampler, Protocol):
+    """A sampler given by its quantile function."""
+
+    def quantile(self, process: Process, u: Array) -> Times:
+        """The times at the fractions u in [0, 1), of any shape."""
+        ...
+
+
+def _uniforms(keys: Key) -> Array:
+    """One u a key, (B,), in JAX's default float dtype."""
+    return random.uniform_like(keys, "t", jnp.empty(keys.shape, float))
+
+
+def _range(process: Process, t_min: Number | None, t_max: Number | None) -> tuple[Array, Array]:
+    low = process.t_min if t_min is None else t_min
+    high = process.t_max if t_max is None else t_max
+    return jnp.asarray(low, float), jnp.asarray(high, float)
+
+
+def _check_range(t_min: Number | None, t_max: Number | None) -> None:
+    checks.non_negative("t_min", t_min)
+    checks.less("t_min", t_min, "t_max", t_max)
+
+
+@pytree
+class UniformTimes:
+    """Eq. (1). t_min, t_max: None for the process's own."""
+
+    t_min: Number | None = None
+    t_max: Number | None = None
+
+    def __post_init__(self):
+        _check_range(self.t_min, self.t_max)
+
+    def __call__(self, keys: Key, process: Process) -> Times:
+        """keys: (B,)."""
+        return self.quantile(process, _uniforms(keys))
+
+    def quantile(self, process: Process, u: Array) -> Times:
+        """Eq. (1)."""
+        low, high = _range(process, self.t_min, self.t_max)
+        return Times(low + u * (high - low), jnp.ones_like(u))
+
+
+@pytree
+class ImportanceTimes:
+    """Eq. (2): the mean over uniform t, from times that are uniform in the log-SNR.
+
+    Lowers the variance under `weights.Likelihood`, whose product with the weight is constant.
+    t_min, t_max: None for the process's own; the log-SNR must be finite at both (a flow needs
+    t_max < 1).
+    """
+
+    t_min: Number | None = None
+    t_max: Number | None = None
+
+    def __post_init__(self):
+        _check_range(self.t_min, self.t_max)
+
+    def __call__(self, keys: Key, process: Process) -> Times:
+        """keys: (B,)."""
+        return self.quantile(process, _uniforms(keys))
+
+    def quantile(self, process: Process, u: Array) -> Times:
+        """Eq. (2). Raises ValueError where the log-SNR is infinite at an end."""
+        low, high = _range(process, self.t_min, self.t_max)
+        first, last = finite_log_snr(process, low, high)
+        t = jnp.clip(inverse_log_snr(process, first + u * (last - first)), low, high)
+        fall = rates(process, t).g2 / process.coeffs(t).sigma ** 2  # -d lam/dt
+        return Times(t, (first - last) / ((high - low) * fall))
+
+
+@pytree
+class LogNormalTimes:
+    """Eq. (3): ln sigma~ is normal, under any process; the defaults are EDM's [3].
+
+    Times are clipped to the process's [t_min, t_max]: noise levels beyond are asked at the end. For
+    the defaults on `processes.EDM` that moves 2e-5 of the draws.
+    """
+
+    mean: Number = -1.2
+    std: Number = 1.2
+
+    def __post_init__(self):
+        checks.positive("std", self.std)
+
+    def __call__(self, keys: Key, process: Process) -> Times:
+        """keys: (B,)."""
+        return self.quantile(process, _uniforms(keys))
+
+    def quantile(self, process: Process, u: Array) -> Times:
+        """Eq. (3)."""
+        half_step = jnp.finfo(u.dtype).eps / 2  # u = 0 would be a noise level of 0
+        level = self.mean + self.std * jax.scipy.special.ndtri(jnp.maximum(u, half_step))
+        t = inverse_log_snr(process, -2 * level)
+        return Times(jnp.clip(t, process.t_min, process.t_max), jnp.ones_like(u))
+
+
+@pytree
+class DiscreteTimes:
+    """Eq. (4): one of N levels with equal probability. levels: N."""
+
+    levels: int = static()
+
+    def __post_init__(self):
+        checks.at_least("levels", self.levels, 1)
+
+    def __call__(self, keys: Key, process: Process) -> Times:
+        """keys: (B,)."""
+        return self.quantile(process, _uniforms(keys))
+
+    def quantile(self, process: Process, u: Array) -> Times:
+        """Eq. (4)."""
+        k = jnp.minimum(jnp.floor(u * self.levels), self.levels - 1)
+        return Times((k + 1) / self.levels, jnp.ones_like(u))
+
+
+@pytree
+class StratifiedTimes:
+    """Eq. (5): evenly spread over the batch; couples a sample's time to its place in the batch."""
+
+    times: TimeDistribution = UniformTimes()
+
+    def __call__(self, keys: Key, process: Process) -> Times:
+        """keys: (B,); the batch's one u comes from the first."""
+        return self.times.quantile(process, spread(_uniforms(keys[:1]), keys.shape[0]))
+
+
+def spread(u: Array, n: int) -> Array:
+    """(u + i/n) mod 1 for i = 0 ... n-1, eq. (5). u: (1,) in [0, 1). Returns (n,) in [0, 1)."""
+    shifted = u + jnp.arange(n, dtype=u.dtype) / n
+    return jnp.where(shifted >= 1, shifted - 1, shifted)
+
+
+def finite_log_snr(process: Process, low: Array, high: Array) -> tuple[Array, Array]:
+    """lam at two times. Raises ValueError if it is known to be infinite."""
+    ends = log_snr(process, jnp.stack([low, high]))
+    with jax.ensure_compile_time_eval():
+        known = checks.concrete(log_snr(process, jnp.stack([low, high])))
+    if known is not None and not np.isfinite(known).all():
+        raise ValueError(
+            f"The log-SNR must be finite at both ends; got {known[0]} at t = {low} and {known[1]} "
+            f"at t = {high}. Use a process with t_min above 0 and t_max inside (0.999 for a flow)."
+        )
+    return ends[0], ends[1]

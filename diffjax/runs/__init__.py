@@ -1,0 +1,1 @@
+"""Whole jobs, callable from Python: train, load, sample, evaluate."""

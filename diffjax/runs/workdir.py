@@ -1,0 +1,148 @@
+"""A run's directory, and configs by name, path and text.
+
+    config.json            the config, with a schema version
+    checkpoints/<step>/    see `diffjax.train.checkpoint`
+    metrics.jsonl          training figures, one line a step
+    tensorboard/           the same for TensorBoard
+    samples/<step>.png     grids drawn during training
+    eval/<name>.json       what `evaluate` found
+
+A config lies in the package (`vp/cifar10_ddpmpp_continuous`) or anywhere (`path/to/file.py`): a
+Python file with `get_config()`, optionally taking one string given after a colon (`digits:quick`).
+"""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffjax.core.files import write_atomic
+
+SCHEMA = 1  # of config.json; a change that old readers cannot read adds one
+
+
+class RunError(ValueError):
+    """A request that a run cannot serve; the message is for people."""
+
+
+def config_directory() -> Path:
+    """Where the shipped configs lie: in the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for directory in (package / "_configs", package.parent / "configs"):
+        if (directory / "common.py").is_file():
+            return directory
+    raise RunError(f"The shipped configs are missing beside {package}; reinstall diffjax.")
+
+
+def config_names() -> list[str]:
+    """The shipped configs by name."""
+    root = config_directory()
+    files = (p.relative_to(root).with_suffix("") for p in root.rglob("*.py"))
+    return sorted(f.as_posix() for f in files if f.name not in ("__init__", "common"))
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config of a shipped name or a path, with an optional `:argument` for its get_config.
+
+    Raises RunError where there is none or where the file has no `get_config`.
+    """
+    name, _, argument = name.partition(":")
+    shipped = config_directory() / f"{name.removesuffix('.py').removeprefix('configs/')}.py"
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        path = path.resolve()
+    elif shipped.is_file():
+        path = shipped
+    else:
+        raise RunError(
+            f"There is no config {name!r}: neither a file nor one of {', '.join(config_names())}."
+        )
+    with _importable_configs(path):
+        spec = importlib.util.spec_from_file_location("diffjax_config", path)
+        assert spec is not None and spec.loader is not None  # the file exists and ends in .py
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise RunError(f"{path} must define get_config() returning a ConfigDict.")
+        config = module.get_config(argument) if argument else module.get_config()
+    return config.lock()
+
+
+@contextlib.contextmanager
+def _importable_configs(path: Path) -> Iterator[None]:
+    """Lets a config import its neighbours as `configs.…`, wherever the folder `configs` lies."""
+    root = config_directory()
+    own = next((p for p in path.parents if p.name == "configs"), None)
+    folders = [str(own)] if own is not None else []
+    folders.append(str(root))
+    before = {k: v for k, v in sys.modules.items() if k == "configs" or k.startswith("configs.")}
+    for name in before:
+        del sys.modules[name]
+    spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+    spec.submodule_search_locations = folders
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+    try:
+        yield
+    finally:
+        for name in [k for k in sys.modules if k == "configs" or k.startswith("configs.")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return json.loads(json.dumps(config))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two plain configs differ, as `a.b: old -> new`."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        left, right = a.get(key, "absent"), b.get(key, "absent")
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left} -> {right}")
+    return found
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """The config that a workdir was made with, locked. Raises RunError where it cannot be read."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise RunError(f"{workdir} is not a diffjax workdir: it has no config.json. Train first.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        schema, config = stored["schema"], stored["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); restore it, or use a new workdir.") from error
+    if schema != SCHEMA:
+        raise RunError(f"{path} has schema {schema}; this diffjax reads {SCHEMA}. Use its version.")
+    return ConfigDict(config).lock()
+
+
+def claim(workdir: str | Path, config: Any) -> None:
+    """Makes the workdir this config's: writes config.json, or checks that it is the same.
+
+    Raises RunError, naming the fields, where the directory belongs to another config, and OSError
+    where it cannot be written.
+    """
+    path = Path(workdir) / "config.json"
+    wanted = plain(config)
+    if path.exists():
+        changed = differences(plain(read_config(workdir)), wanted)
+        if changed:
+            raise RunError(
+                f"{workdir} belongs to another config ({'; '.join(changed[:5])}"
+                f"{'; ...' if len(changed) > 5 else ''}). Use another --workdir, or leave --config "
+                "out to go on with the stored one."
+            )
+        return
+    write_atomic(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=2) + "\n")

@@ -1,0 +1,285 @@
+"""The members of every family, for the laws: a new member is one entry in a list.
+
+Symbols: B samples of D numbers; n intervals. The laws run every solver with one process and every
+process with one solver (`PAIRS`), not the product. Pairs that cannot work are in `INCOMPATIBLE`,
+each with its reason, and a law asserts that they raise.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.core.numerics import safe_sqrt
+from diffjax.core.pytree import pytree
+from diffjax.core.types import Array, Coeffs, Number
+from diffjax.prediction import kinds, precondition
+from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP, Tabulated
+from diffjax.solvers import (
+    DDIM,
+    Ancestral,
+    EDMChurn,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ReverseDiffusion,
+    ToEnd,
+    Tweedie,
+    grids,
+)
+
+D = 3  # numbers a sample; never a batch size, so that a schedule per pixel is not ambiguous
+N = 5  # intervals
+
+
+def ids(member: Any) -> str:
+    """The name of a member, for pytest."""
+    return member.name
+
+
+def by_name(family, name: str):
+    """The member of that name."""
+    return next(m for m in family if m.name == name)
+
+
+# Processes.
+
+
+@pytree
+class Trigonometric:
+    """A user's process: alpha = cos(pi t/2), sigma = sin(pi t/2), and nothing but `coeffs`."""
+
+    t_min: Number = 1e-3
+    t_max: Number = 0.99
+
+    def coeffs(self, t: Array) -> Coeffs:
+        u = jnp.asarray(t) * (np.pi / 2)
+        return Coeffs(jnp.cos(u), jnp.zeros_like(u), jnp.sin(u))
+
+
+@pytree
+class PerPixel:
+    """A user's schedule per pixel: alpha = exp(-rate t), variance preserving; rate: a sample."""
+
+    rate: Array
+    t_min: Number = 1e-3
+    t_max: Number = 1.0
+
+    def coeffs(self, t: Array) -> Coeffs:
+        t = jnp.asarray(t)
+        u = t.reshape(t.shape + (1,) * self.rate.ndim) * self.rate.reshape(
+            (1,) * t.ndim + self.rate.shape
+        )
+        return Coeffs(jnp.exp(-u), jnp.zeros_like(u), safe_sqrt(-jnp.expm1(-2 * u)))
+
+
+class ProcessMember(NamedTuple):
+    """A process with what the laws must know of it.
+
+    low, high: where all its rates are finite and automatic differentiation is exact.
+    clean: sigma(0) = 0, so grids end at 0. scalar: its coefficients have t's shape.
+    default: builds it without arguments (its defaults must work).
+    """
+
+    name: str
+    make: Callable[[], Any]
+    low: float = 1e-2
+    high: float = 0.98
+    clean: bool = True
+    scalar: bool = True
+
+    @property
+    def process(self):
+        return self.make()
+
+    @property
+    def final(self):
+        """How a solve of this process ends."""
+        return ToEnd() if self.clean else Tweedie()
+
+
+PROCESSES = [
+    ProcessMember("vp", VP),
+    ProcessMember("subvp", SubVP),
+    ProcessMember("ve", VE, clean=False),
+    ProcessMember("edm", EDM, low=0.1, high=60.0),
+    ProcessMember("cosine", Cosine),
+    ProcessMember("rectified_flow", RectifiedFlow),
+    # Rates jump at a knot: the ends lie between two.
+    ProcessMember("tabulated", lambda: Tabulated.ddpm(100), low=0.025, high=0.985),
+    ProcessMember("coeffs_only", Trigonometric),
+    ProcessMember("per_pixel", lambda: PerPixel(jnp.asarray([1.0, 2.0, 4.0])), scalar=False),
+]
+
+
+# Solvers.
+
+
+class SolverMember(NamedTuple):
+    """A solver with what the laws must know of it.
+
+    order: the global order on the probability flow; weak_order: that of a stochastic method in
+    distribution. rates: needs a finite g^2 at the first time. scalar: needs coefficients of t's
+    shape. coupled: samples depend on their neighbours, by its own declaration.
+    """
+
+    name: str
+    solver: Any
+    order: int | None = None
+    weak_order: int | None = None
+    rates: bool = False
+    scalar: bool = False
+    coupled: bool = False
+
+
+SOLVERS = [
+    SolverMember("euler", Euler(), order=1),
+    SolverMember("heun", Heun(), order=2),
+    SolverMember("ddim", DDIM(), order=1),
+    SolverMember("ddim_eta", DDIM(eta=0.5), weak_order=1),
+    SolverMember("ancestral_small", Ancestral("small"), weak_order=1),
+    SolverMember("ancestral_large", Ancestral("large"), weak_order=1),
+    SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1),
+    SolverMember("euler_maruyama", EulerMaruyama(), weak_order=1, rates=True),
+    SolverMember("churn", EDMChurn(Heun(), s_churn=1.0, n_steps=float(N)), scalar=True),
+    SolverMember(
+        "predictor_corrector",
+        PredictorCorrector(ReverseDiffusion(), Langevin(0.1)),
+        scalar=True,
+    ),
+    SolverMember(
+        "predictor_corrector_batch",
+        PredictorCorrector(ReverseDiffusion(), Langevin(0.1, coupling="batch")),
+        scalar=True,
+        coupled=True,
+    ),
+]
+
+STOCHASTIC = [m for m in SOLVERS if m.solver.stochastic]
+DETERMINISTIC = [m for m in SOLVERS if not m.solver.stochastic]
+
+
+class Pair(NamedTuple):
+    """A solver with a process, and the grid that both accept."""
+
+    solver_member: SolverMember
+    process_member: ProcessMember
+
+    @property
+    def name(self) -> str:
+        return f"{self.solver_member.name}-{self.process_member.name}"
+
+    @property
+    def solver(self):
+        return self.solver_member.solver
+
+    @property
+    def process(self):
+        return self.process_member.process
+
+    @property
+    def final(self):
+        return self.process_member.final
+
+    def times(self, n: int = N) -> Array:
+        """A uniform grid of n intervals; below t_max for a solver that needs rates there."""
+        start = self.process_member.high if self.solver_member.rates else None
+        return grids.uniform(self.process, n, t_max=start)
+
+
+PAIRS = [Pair(s, PROCESSES[0]) for s in SOLVERS] + [
+    Pair(by_name(SOLVERS, "ddim_eta"), p) for p in PROCESSES[1:]
+]
+
+
+class Incompatible(NamedTuple):
+    """A pair that must raise ValueError with `match`, and why it cannot work."""
+
+    solver: str
+    process: str
+    reason: str
+    match: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.solver}-{self.process}"
+
+
+INCOMPATIBLE = [
+    Incompatible("euler_maruyama", "rectified_flow", "g^2 is infinite at t = 1", "g.2 is infinite"),
+    Incompatible("churn", "per_pixel", "no single noise level to raise", "per pixel"),
+    Incompatible("predictor_corrector", "per_pixel", "one step size a sample", "per pixel"),
+]
+
+
+# Grids: name, function (process, n) -> times, and whether it needs a finite log-SNR at t_max.
+
+
+class GridMember(NamedTuple):
+    name: str
+    grid: Callable[..., Array]
+    log_snr: bool = False
+
+
+GRIDS = [
+    GridMember("uniform", grids.uniform),
+    GridMember("quadratic", grids.quadratic),
+    GridMember("log_snr", grids.log_snr, log_snr=True),
+    GridMember("karras", grids.karras, log_snr=True),
+]
+
+
+# Predictions.
+
+
+class KindMember(NamedTuple):
+    """A parameterisation; without_signal, without_noise: defined where alpha = 0, sigma = 0."""
+
+    name: str
+    kind: Any
+    without_signal: bool
+    without_noise: bool
+
+
+KINDS = [
+    KindMember("eps", kinds.Eps(), False, True),
+    KindMember("x0", kinds.X0(), True, False),
+    KindMember("score", kinds.Score(), False, False),
+    KindMember("sigma_score", kinds.SigmaScore(), False, True),
+    KindMember("v", kinds.V(), True, True),
+    KindMember("velocity", kinds.Velocity(), True, True),
+    KindMember("F", kinds.EDMF(), True, True),
+]
+
+
+class PreconditionMember(NamedTuple):
+    name: str
+    make: Callable[[], precondition.Precondition]
+
+
+PRECONDITIONS = [
+    PreconditionMember("edm", precondition.edm),
+    PreconditionMember("vp", precondition.vp),
+    PreconditionMember("ve", precondition.ve),
+    PreconditionMember("iddpm", precondition.iddpm),
+    PreconditionMember("score_sde_vp", precondition.score_sde_vp),
+    PreconditionMember("score_sde_vp_discrete", lambda: precondition.score_sde_vp(1000)),
+    PreconditionMember("score_sde_ve", precondition.score_sde_ve),
+    PreconditionMember("score_sde_ve_discrete", lambda: precondition.score_sde_ve(1000)),
+]
+
+
+# Losses, weights and times of training stand here once `diffjax.losses` does:
+# LOSSES, WEIGHTS, TIMES.
+
+
+def leaves_match(a: Any, b: Any) -> bool:
+    """Whether two trees have one structure and equal leaves."""
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    return same and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
