@@ -11,6 +11,7 @@ from configs import common
 
 def get_config(mode: str = "full"):
     config = common.base()
+    config.seed = 0
     config.process = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0}
     config.precondition = {"name": "edm", "sigma_data": 0.7}
     config.loss.weight = {"name": "edm", "sigma_data": 0.7}

@@ -45,12 +45,10 @@ PROCESSES: dict[str, Callable[..., processes.Process]] = {
 NETS: dict[str, Callable[..., Any]] = {"ncsnpp": NCSNpp, "mlp": MLP}
 
 
-def _plain(kind: str) -> precondition.Precondition:
+def _plain(kind: prediction.KindName) -> precondition.Precondition:
     """A kind of output with the unscaled input and t itself as label."""
     return precondition.Precondition(
-        prediction.as_kind(kind),
-        precondition.Unscaled(),
-        precondition.Time(),  # type: ignore[arg-type]
+        prediction.as_kind(kind), precondition.Unscaled(), precondition.Time()
     )
 
 
@@ -138,9 +136,12 @@ def make(family: Mapping[str, Callable[..., Any]], section: Section, where: str,
 
 
 def _imported(name: str, where: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
+    module, _, attributes = name.partition(":")
     try:
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        found: Any = importlib.import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
+        return found
     except (ImportError, AttributeError) as error:
         raise BuildError(f"config.{where}.name = {name!r} cannot be imported: {error}.") from error
 
@@ -362,16 +363,15 @@ def build_sampling(
     """
     section = config.sampling
     steps = section.steps if steps is None else steps
-    if solver is None:
-        solver = section.solver
-    if isinstance(solver, str):
-        # The config's own options belong to it by name; another solver comes with its defaults.
-        solver = section.solver if solver == section.solver["name"] else {"name": solver}
-    if isinstance(solver, Mapping) or hasattr(solver, "to_dict"):
-        given = {"n_steps": steps} if solver["name"] == "edm_stochastic" else {}
-        solver = make(SOLVERS, solver, "sampling.solver", **given)
     times = make(GRIDS, section.grid, "sampling.grid", process=process, n=steps)
-    return Sampling(times, solver, make(FINALS, {"name": section.final}, "sampling.final"))
+    final = make(FINALS, {"name": section.final}, "sampling.final")
+    if solver is not None and not isinstance(solver, str):
+        return Sampling(times, solver, final)
+    own = dict(section.solver)
+    # The config's options belong to its own solver; another one comes with its defaults.
+    chosen = own if solver in (None, own["name"]) else {"name": solver}
+    given = {"n_steps": steps} if chosen["name"] == "edm_stochastic" else {}
+    return Sampling(times, make(SOLVERS, chosen, "sampling.solver", **given), final)
 
 
 def build_optimizer(config: Any) -> tuple[Any, Any]:

@@ -1,6 +1,5 @@
 """`diffjax evaluate`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,16 +29,16 @@ def run(argv: Sequence[str]) -> int:
 
 def _evaluate(argv: Sequence[str]) -> int:
     values = absl_flags.FlagValues()
-    define = {"flag_values": values}
-    absl_flags.DEFINE_string("workdir", None, "the run to measure", **define)
-    absl_flags.DEFINE_list("metrics", ["loss", "bpd"], "what to measure", **define)
-    absl_flags.DEFINE_integer("step", None, "checkpoint; the newest by default", **define)
-    absl_flags.DEFINE_integer("num", None, "images to draw; the config's", **define)
-    absl_flags.DEFINE_integer("limit", None, "held-out images for bpd and bound; all", **define)
-    absl_flags.DEFINE_integer("seed", 0, "seed of everything drawn", **define)
-    absl_flags.DEFINE_string("samples", None, "an .npz of samples to judge", **define)
-    absl_flags.DEFINE_string("solver", None, "solver; the config's by default", **define)
-    absl_flags.DEFINE_integer("steps", None, "intervals of the grid; the config's", **define)
+    define = flags.Definer(values)
+    define.text("workdir", None, "the run to measure")
+    define.words("metrics", ["loss", "bpd"], "what to measure")
+    define.integer("step", None, "checkpoint; the newest by default")
+    define.integer("num", None, "images to draw; the config's")
+    define.integer("limit", None, "held-out images for bpd and bound; all")
+    define.integer("seed", 0, "seed of everything drawn")
+    define.text("samples", None, "an .npz of samples to judge")
+    define.text("solver", None, "solver; the config's by default")
+    define.integer("steps", None, "intervals of the grid; the config's")
     if not flags.parse(values, argv, ABOUT):
         return 0
     if values.workdir is None:
@@ -59,6 +58,30 @@ def _evaluate(argv: Sequence[str]) -> int:
         steps=values.steps,
     )
     for name, figures in found.items():
-        print(f"{name}: {json.dumps(figures)}")
+        print(f"{name}:")
+        for line in DESCRIPTIONS[name]:
+            print("  " + line.format(**figures))
     print(f"Written to {Path(values.workdir) / 'eval'}.")
     return 0
+
+
+# What a person reads; the files have all figures.
+DESCRIPTIONS = {
+    "loss": ["{mean:.4f} +- {standard_error:.4f} over {images} held-out images"],
+    "bpd": [
+        "{mean:.3f} +- {standard_error:.3f} bits/dim of {images} held-out images ({nfe:.0f} calls)",
+        "beside {uniform:.3f} = log2({levels}) and {histogram:.3f} of a histogram for each pixel",
+    ],
+    "bound": ["{mean:.3f} +- {standard_error:.3f} bits/dim at most, over {images} held-out images"],
+    "frechet": [
+        "{distance:.3f} in {features} features of {n} samples against {n} held-out images",
+        "beside {real_versus_real:.3f} +- {real_versus_real_std:.3f} of real against real",
+    ],
+    "quality": [
+        "recognised: {recognised:.1%} of {samples} samples, {recognised_ratio:.2f} of the held-out "
+        "images' {recognised_real:.1%}",
+        "classes: {least_class_share:.1%} to {largest_class_share:.1%} of the samples each",
+        "nearest training image: {nearest_train:.2f} away, {nearest_ratio:.2f} of the held-out "
+        "images' {nearest_train_real:.2f}",
+    ],
+}

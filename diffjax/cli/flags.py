@@ -14,6 +14,25 @@ from diffjax.runs.workdir import RunError
 STOPPED = 3  # the exit code of a run that was asked to stop and has saved
 
 
+class Definer:
+    """Defines flags among `values`, one short line each."""
+
+    def __init__(self, values: absl_flags.FlagValues):
+        self._values = values
+
+    def text(self, name: str, default: str | None, about: str) -> None:
+        absl_flags.DEFINE_string(name, default, about, flag_values=self._values)
+
+    def integer(self, name: str, default: int | None, about: str) -> None:
+        absl_flags.DEFINE_integer(name, default, about, flag_values=self._values)
+
+    def switch(self, name: str, default: bool, about: str) -> None:
+        absl_flags.DEFINE_bool(name, default, about, flag_values=self._values)
+
+    def words(self, name: str, default: list[str], about: str) -> None:
+        absl_flags.DEFINE_list(name, default, about, flag_values=self._values)
+
+
 def parse(values: absl_flags.FlagValues, argv: Sequence[str], about: str) -> bool:
     """Parses flags; False after printing help. Raises RunError for flags that are not right.
 

@@ -1,6 +1,7 @@
 """The command `diffjax`: parsing and printing only; the work is `diffjax.runs`."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         print(f"diffjax: there is no verb {verb!r}; choose {', '.join(VERBS)}.", file=sys.stderr)
         return 2
+    # TensorFlow, which writes for TensorBoard, is talkative.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         module = importlib.import_module(f"diffjax.cli.{verb}")
     except ModuleNotFoundError as error:

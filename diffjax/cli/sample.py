@@ -24,19 +24,19 @@ def run(argv: Sequence[str]) -> int:
 
 def _sample(argv: Sequence[str]) -> int:
     values = absl_flags.FlagValues()
-    define = {"flag_values": values}
-    absl_flags.DEFINE_string("workdir", None, "the run to sample from", **define)
-    absl_flags.DEFINE_string("out", None, "where to write; the workdir by default", **define)
-    absl_flags.DEFINE_string("name", "samples", "name of the files", **define)
-    absl_flags.DEFINE_integer("num", 64, "number of images, with seeds 0, 1, ...", **define)
-    absl_flags.DEFINE_string("seeds", None, "one seed an image, as 0-99 or 3,5,8", **define)
-    absl_flags.DEFINE_string("labels", None, "classes, as 0-9 or 3,3,8, repeated", **define)
-    absl_flags.DEFINE_string("solver", None, "solver; the config's by default", **define)
-    absl_flags.DEFINE_integer("steps", None, "intervals of the grid; the config's", **define)
-    absl_flags.DEFINE_integer("step", None, "checkpoint; the newest by default", **define)
-    absl_flags.DEFINE_integer("batch_size", None, "images at once; the config's", **define)
-    absl_flags.DEFINE_string("format", "npz", "npz or png", **define)
-    absl_flags.DEFINE_bool("path", False, "also draws the denoising path", **define)
+    define = flags.Definer(values)
+    define.text("workdir", None, "the run to sample from")
+    define.text("out", None, "where to write; the workdir by default")
+    define.text("name", "samples", "name of the files")
+    define.integer("num", 64, "number of images, with seeds 0, 1, ...")
+    define.text("seeds", None, "one seed an image, as 0-99 or 3,5,8")
+    define.text("labels", None, "classes, as 0-9 or 3,3,8, repeated")
+    define.text("solver", None, "solver; the config's by default")
+    define.integer("steps", None, "intervals of the grid; the config's")
+    define.integer("step", None, "checkpoint; the newest by default")
+    define.integer("batch_size", None, "images at once; the config's")
+    define.text("format", "npz", "npz or png")
+    define.switch("path", False, "also draws the denoising path")
     from diffjax import builders
 
     about = f"{ABOUT}\nSolvers: {', '.join(builders.SOLVERS)}."
@@ -77,7 +77,7 @@ def _sample(argv: Sequence[str]) -> int:
 
 
 def numbers(name: str, text: str) -> list[int]:
-    """ "0-3,7" as [0, 1, 2, 3, 7]. Raises RunError for anything else."""
+    """Reads "0-3,7" as [0, 1, 2, 3, 7]. Raises RunError for anything else."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

@@ -56,7 +56,8 @@ def _train(argv: Sequence[str]) -> int:
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], str | None, str | None]:
     """argv without --config=NAME, that name, and the workdir, which the config may come from."""
-    rest, found = [argv[0]], {"config": None, "workdir": None}
+    rest = [argv[0]]
+    found: dict[str, str | None] = {"config": None, "workdir": None}
     arguments = iter(argv[1:])
     for argument in arguments:
         key, equals, value = argument.lstrip("-").partition("=")

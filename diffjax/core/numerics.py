@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffjax.core.types import Array, PyTree
 
 
-def expand(c: Array, leaf: Array) -> Array:
+def expand(c: ArrayLike, leaf: Array) -> Array:
     """Aligns a coefficient with an array on the left, in the array's dtype.
 
     c: () or (B,), or with the rank of one sample or of the batch (a schedule per pixel).
@@ -32,7 +33,7 @@ def expand(c: Array, leaf: Array) -> Array:
     )
 
 
-def scale(c: Array, tree: PyTree) -> PyTree:
+def scale(c: ArrayLike, tree: PyTree) -> PyTree:
     """c * tree, leaf by leaf, with c aligned by `expand`."""
     return jax.tree.map(lambda leaf: expand(c, leaf) * leaf, tree)
 
@@ -53,7 +54,8 @@ def combine(*terms: tuple[Any, PyTree]) -> PyTree:
 def safe_sqrt(x: Array) -> Array:
     """sqrt(max(x, 0)) whose derivative at and below 0 is 0 instead of infinite or NaN."""
     positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, jnp.ones_like(x))), 0)
+    root = jnp.sqrt(jnp.where(positive, x, jnp.ones_like(x)))
+    return jnp.where(positive, root, jnp.zeros_like(root))
 
 
 def sum_per_sample(tree: PyTree) -> Array:
@@ -79,9 +81,9 @@ def size_per_sample(tree: PyTree) -> int:
 def batch_size(tree: PyTree) -> int:
     """B: the length of the leading axis. Raises ValueError unless all leaves share it."""
     leaves = jax.tree.leaves(tree)
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
-    if len(sizes) != 1 or None in sizes:
-        shapes = [leaf.shape for leaf in leaves]
+    shapes = [leaf.shape for leaf in leaves]
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) != 1 or () in shapes:
         raise ValueError(f"All leaves of x must share one leading batch axis; got shapes {shapes}.")
     return sizes.pop()
 
@@ -96,3 +98,19 @@ def at_least_float32(tree: PyTree) -> PyTree:
         return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
     return jax.tree.map(cast, tree)
+
+
+def canonical(tree: PyTree) -> PyTree:
+    """Real numbers as arrays of JAX's default float dtype, so that one value has one type.
+
+    A Python float, a NumPy scalar and a JAX scalar would each be a program of its own under `jit`;
+    after `canonical` they share one. Arrays of rank 1 and more, integers, booleans and keys pass.
+    """
+
+    def convert(leaf):
+        dtype = getattr(leaf, "dtype", np.dtype(type(leaf)) if isinstance(leaf, float) else None)
+        if dtype is None or np.ndim(leaf) > 0 or not jnp.issubdtype(dtype, jnp.floating):
+            return leaf
+        return jax.lax.convert_element_type(leaf, jnp.result_type(float))
+
+    return jax.tree.map(convert, tree)

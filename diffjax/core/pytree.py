@@ -8,7 +8,7 @@ callables.
     @pytree
     class Langevin:
         snr: float = 0.16                 # a leaf: a new value never recompiles
-        n_steps: int = static(1)          # structure: a new value is a new program
+        n_steps: int = static(default=1)          # structure: a new value is a new program
 
 Why not `jax.tree_util.register_dataclass` or `flax.struct`: both run `__post_init__` each time a
 tree is put together again, when the leaves may be tracers, shapes or placeholders. Here a check in
@@ -25,7 +25,7 @@ T = TypeVar("T")
 _STATIC = "diffjax_static"
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
+def static(*, default: Any = dataclasses.MISSING) -> Any:
     """Declares a field as part of the tree's structure. It must be hashable."""
     return dataclasses.field(default=default, metadata={_STATIC: True})
 
@@ -36,8 +36,8 @@ def pytree(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, eq=True, repr=True)(cls)
     # Equality of arrays is not a bool, so a generated hash would fail late: trees compare by
     # structure in JAX and by identity elsewhere.
-    cls.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
-    cls.__eq__ = object.__eq__  # type: ignore[method-assign, assignment]
+    cls.__hash__ = object.__hash__  # type: ignore[method-assign]
+    cls.__eq__ = object.__eq__  # type: ignore[method-assign]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     leaves = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
     statics = tuple(f.name for f in fields if f.metadata.get(_STATIC))

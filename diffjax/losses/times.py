@@ -71,10 +71,10 @@ def _uniforms(keys: Key) -> Array:
     return random.uniform_like(keys, "t", jnp.empty(keys.shape, float))
 
 
-def _range(process: Process, t_min: Number | None, t_max: Number | None) -> tuple[Array, Array]:
+def _range(process: Process, t_min: Number | None, t_max: Number | None) -> tuple[Number, Number]:
     low = process.t_min if t_min is None else t_min
     high = process.t_max if t_max is None else t_max
-    return jnp.asarray(low, float), jnp.asarray(high, float)
+    return low, high
 
 
 def _check_range(t_min: Number | None, t_max: Number | None) -> None:
@@ -192,14 +192,16 @@ def spread(u: Array, n: int) -> Array:
     return jnp.where(shifted >= 1, shifted - 1, shifted)
 
 
-def finite_log_snr(process: Process, low: Array, high: Array) -> tuple[Array, Array]:
-    """lam at two times. Raises ValueError if it is known to be infinite."""
-    ends = log_snr(process, jnp.stack([low, high]))
+def finite_log_snr(process: Process, low: Number, high: Number) -> tuple[Array, Array]:
+    """lam at two times, (). Raises ValueError if it is known to be infinite."""
+    times = (low, high)
     with jax.ensure_compile_time_eval():
-        known = checks.concrete(log_snr(process, jnp.stack([low, high])))
-    if known is not None and not np.isfinite(known).all():
-        raise ValueError(
-            f"The log-SNR must be finite at both ends; got {known[0]} at t = {low} and {known[1]} "
-            f"at t = {high}. Use a process with t_min above 0 and t_max inside (0.999 for a flow)."
-        )
-    return ends[0], ends[1]
+        known = [checks.concrete(log_snr(process, jnp.asarray(t, float))) for t in times]
+    for t, lam in zip(times, known, strict=True):
+        if lam is not None and not np.isfinite(lam):
+            raise ValueError(
+                f"The log-SNR must be finite at both ends; it is {lam} at t = {t}. Use a process "
+                "with t_min above 0 and t_max inside its range (0.999 for a flow)."
+            )
+    first, last = (log_snr(process, jnp.asarray(t, float)) for t in times)
+    return first, last

@@ -36,6 +36,7 @@ from diffjax.core.types import Array
 from diffjax.nets import resample
 from diffjax.nets.embed import Activation, Dtype, default_init, wide
 
+
 def conv3x3(features: int, dtype: Dtype, init_scale: float = 1.0, stride: int = 1) -> nn.Conv:
     """A 3 x 3 convolution with zero padding (for stride 2 after the last pixel only)."""
     kernel_init = default_init(init_scale)
@@ -208,7 +209,7 @@ class Combine(nn.Module):
 
     @nn.compact
     def __call__(self, pyramid: Array, h: Array) -> Array:
-        """"cat" doubles the width of h; the pyramid comes first."""
+        """ "cat" doubles the width of h; the pyramid comes first."""
         pyramid = conv1x1(h.shape[-1], self.dtype)(pyramid)
         if self.method == "cat":
             return jnp.concatenate([pyramid, h], axis=-1)
@@ -226,9 +227,7 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    values = jnp.einsum(
-        "bqk,bkc->bqc", weights.astype(v.dtype), v, preferred_element_type=precise
-    )
+    values = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v, preferred_element_type=precise)
     return (values / total).astype(v.dtype)
 
 
@@ -251,7 +250,7 @@ class AttnBlockpp(nn.Module):
 
 
 class ResnetBlockDDPMpp(nn.Module):
-    """The residual block of DDPM, eq. (2)."""
+    """The residual block of DDPM, eq. (2). features: the width of the result; None keeps it."""
 
     act: Activation
     dropout: float
@@ -261,18 +260,21 @@ class ResnetBlockDDPMpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None) -> Array:
-        """features: the width of the result; None keeps it."""
+    def __call__(self, x: Array, temb: Array | None, key: Array | None = None) -> Array:
+        """temb: (B, D).  key: turns dropout on."""
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
-        h = _body(self, h, temb, features)
+        h = _body(self, h, temb, key, features)
         if x.shape[-1] != features:
             x = NIN(features, dtype=self.dtype)(x)
         return join(x, h, self.skip_rescale)
 
 
 class ResnetBlockBigGANpp(nn.Module):
-    """The residual block of BigGAN, eq. (3), which also changes the size."""
+    """The residual block of BigGAN, eq. (3), which may also change the size.
+
+    features: the width of the result; None keeps it.
+    """
 
     act: Activation
     dropout: float
@@ -285,14 +287,14 @@ class ResnetBlockBigGANpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None) -> Array:
-        """features: the width of the result; None keeps it."""
+    def __call__(self, x: Array, temb: Array | None, key: Array | None = None) -> Array:
+        """temb: (B, D).  key: turns dropout on."""
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
         if self.resize is not None:
             change = upsample if self.resize == "up" else downsample
             h, x = (change(v, self.fir, self.fir_kernel) for v in (h, x))
-        h = _body(self, h, temb, features)
+        h = _body(self, h, temb, key, features)
         if x.shape[-1] != features or self.resize is not None:
             x = conv1x1(features, self.dtype)(x)
         return join(x, h, self.skip_rescale)
@@ -302,6 +304,7 @@ def _body(
     block: ResnetBlockDDPMpp | ResnetBlockBigGANpp,
     h: Array,
     temb: Array | None,
+    key: Array | None,
     features: int,
 ) -> Array:
     """What both residual blocks do between their resampling and their sum, within their scope."""
@@ -310,6 +313,6 @@ def _body(
         shift = dense(features, block.dtype)(block.act(temb))
         h = h + shift[:, None, None].astype(h.dtype)
     h = GroupNorm(block.dtype, block.act)(h)
-    if block.dropout > 0:
-        h = dropout(block.make_rng("dropout"), h, block.dropout)
+    if key is not None:
+        h = dropout(key, h, block.dropout)
     return conv3x3(features, block.dtype, block.init_scale)(h)

@@ -60,9 +60,7 @@ def positional_embedding(label: Array, width: int) -> Array:
     half = width // 2
     if half < 2:
         raise ValueError(f"a positional embedding needs a width of at least 4; got {width}.")
-    frequencies = jnp.exp(
-        jnp.arange(half, dtype=label.dtype) * (-math.log(10000.0) / (half - 1))
-    )
+    frequencies = jnp.exp(jnp.arange(half, dtype=label.dtype) * (-math.log(10000.0) / (half - 1)))
     phase = label[..., None] * jnp.expand_dims(frequencies, range(label.ndim))
     waves = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
     return jnp.pad(waves, [(0, 0)] * label.ndim + [(0, width % 2)])

@@ -20,7 +20,6 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -42,6 +41,7 @@ from diffjax.nets.blocks import (
     join,
 )
 from diffjax.nets.embed import Activation, Dtype, EmbeddingType, embed_label, per_sample, wide
+from diffjax.nets.recompute import recompute
 
 
 class NCSNpp(nn.Module):
@@ -79,7 +79,8 @@ class NCSNpp(nn.Module):
     Cost:
       dtype: type of the convolutions; parameters stay float32, and so do normalisation, softmax and
         embeddings (see `blocks`). The result is float32, or `dtype` where that is wider.
-      remat: recomputes each block in the backward pass: less memory, about a third more time.
+      remat: recomputes each block in the backward pass of training (train=True, which then has
+        reverse mode only): a third of the memory for about a third more time.
     """
 
     nf: int = 128
@@ -149,7 +150,7 @@ class NCSNpp(nn.Module):
 
         skips = self._encode(x, temb, train)
         h = self._block(train)(skips[-1], temb)
-        h = self._attention()(h)
+        h = self._attention(train)(h)
         h = self._block(train)(h, temb)
         h = self._decode(h, skips, temb, train, self.out_channels or x.shape[-1])
 
@@ -167,7 +168,7 @@ class NCSNpp(nn.Module):
             for _ in range(self.num_res_blocks):
                 h = self._block(train, self.nf * mult)(skips[-1], temb)
                 if h.shape[1] in self.attn_resolutions:
-                    h = self._attention()(h)
+                    h = self._attention(train)(h)
                 skips.append(h)
             if level != last:
                 h = self._halve(skips[-1], temb, train)
@@ -196,7 +197,7 @@ class NCSNpp(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self._block(train, self.nf * self.ch_mult[level])(h, temb)
             if h.shape[1] in self.attn_resolutions:
-                h = self._attention()(h)
+                h = self._attention(train)(h)
             h, pyramid = self._join_output(h, pyramid, channels)
             if level != 0:
                 h = self._double(h, temb, train)
@@ -240,11 +241,11 @@ class NCSNpp(nn.Module):
         features: int | None = None,
         resize: Literal["up", "down"] | None = None,
     ) -> Callable[[Array, Array | None], Array]:
-        """A new residual block of the chosen type."""
+        """A new residual block of the chosen type, as a function of (h, temb)."""
         block: nn.Module
-        shared = {
+        shared: dict[str, Any] = {
             "act": self.nonlinearity,
-            "dropout": self.dropout if train else 0.0,
+            "dropout": self.dropout,
             "skip_rescale": self.skip_rescale,
             "init_scale": self.init_scale,
             "features": features,
@@ -256,17 +257,22 @@ class NCSNpp(nn.Module):
             )
         else:
             block = ResnetBlockDDPMpp(**shared)
-        return self._maybe_remat(block)
+        key = self.make_rng("dropout") if train and self.dropout > 0 else None
+        call = self._maybe_recompute(block, train)
+        return lambda h, temb: call(h, temb, key)
 
-    def _attention(self) -> Callable[[Array], Array]:
+    def _attention(self, train: bool) -> Callable[[Array], Array]:
         """A new attention block."""
-        return self._maybe_remat(AttnBlockpp(self.skip_rescale, self.init_scale, self.dtype))
+        block = AttnBlockpp(self.skip_rescale, self.init_scale, self.dtype)
+        return self._maybe_recompute(block, train)
 
-    def _maybe_remat(self, block: nn.Module) -> Callable[..., Array]:
-        if not self.remat:
+    def _maybe_recompute(self, block: nn.Module, train: bool) -> Callable[..., Array]:
+        """The block, kept or recomputed in the backward pass; its parameters are the same."""
+        if not (self.remat and train) or self.is_initializing():
             return block
-        # A remat of the class would rename its parameters; of the call, it does not.
-        return partial(nn.remat(lambda module, *args: module(*args)), block)
+        free, variables = block.unbind()
+        call = recompute(lambda h, variables, *args: free.apply(variables, h, *args))
+        return lambda h, *args: call(h, variables, *args)
 
     def _check_image(self, x: Array) -> None:
         if x.ndim != 4:

@@ -158,8 +158,7 @@ def _filter(x: Array, taps: tuple[float, ...], low: int, high: int) -> Array:
         x = _pad(x, low, high, axis)
         size = x.shape[axis] - len(taps) + 1
         terms = [
-            tap * lax.slice_in_dim(x, j, j + size, axis=axis)
-            for j, tap in enumerate(taps[::-1])
+            tap * lax.slice_in_dim(x, j, j + size, axis=axis) for j, tap in enumerate(taps[::-1])
         ]
         x = sum(terms[1:], terms[0])
     return x

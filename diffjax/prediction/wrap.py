@@ -37,7 +37,7 @@ class Denoiser:
     variables: PyTree
     cond: PyTree
     apply: Callable[..., Any] = static()
-    dtype: Any = static(None)
+    dtype: Any = static(default=None)
 
     def __call__(self, x_t: PyTree, t: Array) -> Prediction:
         """Eqs. (1) and (2). x_t: (B, *data), a tree. t: () or (B,), positive."""
@@ -45,12 +45,10 @@ class Denoiser:
         inputs = scale(self.scaling(self.process, t), x_t)
         if self.dtype is not None:
             inputs = jax.tree.map(lambda leaf: leaf.astype(self.dtype), inputs)
-        arguments = (inputs, self.label(self.process, t).astype(jnp.float32))
-        if self.variables is not None:
-            arguments = (self.variables, *arguments)
-        if self.cond is not None:
-            arguments = (*arguments, self.cond)
-        out = self.apply(*arguments)
+        label = self.label(self.process, t).astype(jnp.float32)
+        before = () if self.variables is None else (self.variables,)
+        after = () if self.cond is None else (self.cond,)
+        out = self.apply(*before, inputs, label, *after)
         _check_like(out, x_t)
         out = jax.tree.map(lambda o, leaf: o.astype(leaf.dtype), out, x_t)
         return kinds.decode(self.kind, self.process, x_t, out, t)
@@ -74,11 +72,9 @@ class Denoiser:
 
 
 def _check_like(out: PyTree, x_t: PyTree) -> None:
-    if jax.tree.structure(out) != jax.tree.structure(x_t):
-        raise ValueError(
-            f"The network's output must have the structure of x; got {jax.tree.structure(out)} for "
-            f"{jax.tree.structure(x_t)}."
-        )
+    got, wanted = (str(jax.tree.structure(tree)) for tree in (out, x_t))
+    if got != wanted:
+        raise ValueError(f"The network's output must have the structure of x; got {got}, {wanted}.")
     for o, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(x_t), strict=True):
         if o.shape != leaf.shape:
             raise ValueError(

@@ -121,7 +121,9 @@ def loss(run: Evaluation) -> Figures:
     source = builders.build_source(config, "eval")
     key = jax.random.fold_in(run.key, 3)
     values = []
-    for i, batch in enumerate(EvalBatches(source, batch_size=min(config.eval.batch_size, 512))):
+    batches = EvalBatches(source, batch_size=min(config.eval.batch_size, 512))
+    for i in range(len(batches)):
+        batch = batches[i]
         mask = batch.pop("mask")
         values.append(
             np.asarray(loss_fn(run.model.params, jax.random.fold_in(key, i), batch)[0])[mask]
@@ -200,11 +202,11 @@ def frechet_distance(run: Evaluation) -> Figures:
 def sample_quality(run: Evaluation) -> Figures:
     """What the judge makes of the samples, beside held-out images."""
     judge = run.judge()
-    train, heldout, drawn = run.real("train")[0], run.real("eval")[0], run.samples()
+    train, heldout, drawn = jnp.asarray(run.real("train")[0]), run.real("eval")[0], run.samples()
     real_p = judge.probabilities(run.centred(heldout))
     drawn_p = judge.probabilities(run.centred(drawn))
     shares = np.asarray(quality.class_shares(drawn_p))
-    nearest = [float(quality.nearest_distance(x, train)) for x in (drawn, heldout)]
+    nearest = [float(quality.nearest_distance(jnp.asarray(x), train)) for x in (drawn, heldout)]
     recognised = [float(quality.recognised_share(p)) for p in (drawn_p, real_p)]
     return {
         "samples": len(drawn),

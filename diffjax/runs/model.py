@@ -1,13 +1,14 @@
 """A trained model, ready to sample and to score: `load(workdir)`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffjax import builders
 from diffjax.core import checks, random
@@ -45,7 +46,7 @@ class Model:
         *,
         solver: str | Solver | None = None,
         steps: int | None = None,
-        labels: Sequence[int] | Array | None = None,
+        labels: ArrayLike | None = None,
         batch_size: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:

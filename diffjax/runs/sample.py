@@ -52,7 +52,7 @@ def sample_to(
     shown = pictures.to_bytes(images, model.parts.quantisation.levels)
     files = []
     if format == "npz":
-        arrays = {"images": images}
+        arrays: dict[str, Any] = {"images": images}
         if options.get("labels") is not None:
             arrays["labels"] = np.asarray(options["labels"], np.int32)
         buffer = io.BytesIO()

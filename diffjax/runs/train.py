@@ -31,9 +31,9 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
     """Trains to `config.training.n_iters` updates, from the newest checkpoint if there is one.
 
     The figures go to metrics.jsonl and TensorBoard, checkpoints to checkpoints/, pictures to
-    samples/. SIGTERM or Ctrl-C saves before leaving. Runs on all devices, the batch split over
-    them. The number of updates is rounded up to a multiple of `n_jitted_steps`, as in the reference
-    code.
+    samples/ and, at the end, loss.png. SIGTERM or Ctrl-C saves before leaving. Runs on all devices,
+    the batch split over them. The number of updates is rounded up to a multiple of
+    `n_jitted_steps`, as in the reference code.
 
     Raises RunError or BuildError for a config or workdir that does not fit, CheckpointError for
     checkpoints that cannot be restored, Diverged where the loss is not finite.
@@ -102,6 +102,9 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
             stop=stack.enter_context(preempt.stop_on_signals()),
         )
         checkpointer.wait()
+    if result.finished and jax.process_index() == 0:
+        rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
+        pictures.write_figure(workdir / "loss.png", pictures.curves(rows, ("loss", "eval_loss")))
     return Outcome(int(result.state.step), result.finished)
 
 

@@ -39,7 +39,7 @@ class Ancestral:
       reference code uses "small" for VE.
     """
 
-    variance: Literal["small", "large"] = static("small")
+    variance: Literal["small", "large"] = static(default="small")
 
     def __post_init__(self):
         checks.one_of("variance", self.variance, ("small", "large"))

@@ -55,8 +55,8 @@ class Langevin:
     """
 
     snr: Number = 0.16
-    n_steps: int = static(1)
-    coupling: Literal["sample", "batch"] = static("sample")
+    n_steps: int = static(default=1)
+    coupling: Literal["sample", "batch"] = static(default="sample")
 
     def __post_init__(self):
         checks.positive("snr", self.snr)

@@ -82,7 +82,7 @@ class BatchedStream(_OneCall):
 class StaticEta(_OneCall):
     """Holds a number as structure: every new value is a new program."""
 
-    eta: float = static(0.5)
+    eta: float = static(default=0.5)
 
     def step(self, keys, denoise, process, state, t, s):
         z = random.normal_like(keys, "noise", state.x)
