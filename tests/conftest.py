@@ -32,3 +32,24 @@ def x64():
 def rng():
     """NumPy randomness for inputs."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A data directory of the test session's own, so that nothing lands in the user's."""
+    directory = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, digits_dir):
+    """The workdir of a finished quick run on the digits: 10 steps, checkpoints at 5 and 10."""
+    import diffjax as dj
+    from diffjax.runs.workdir import load_config
+
+    workdir = tmp_path_factory.mktemp("run")
+    outcome = dj.train(load_config("digits:quick"), workdir, show_progress=False)
+    assert outcome == (10, True)
+    return workdir

@@ -32,7 +32,7 @@ from diffjax.solvers import (
     grids,
 )
 
-D = 3  # numbers a sample; never a batch size, so that a schedule per pixel is not ambiguous
+D = 16  # numbers a sample; never a batch size, so that a schedule per pixel is not ambiguous
 N = 5  # intervals
 
 
@@ -112,7 +112,7 @@ PROCESSES = [
     # Rates jump at a knot: the ends lie between two.
     ProcessMember("tabulated", lambda: Tabulated.ddpm(100), low=0.025, high=0.985),
     ProcessMember("coeffs_only", Trigonometric),
-    ProcessMember("per_pixel", lambda: PerPixel(jnp.asarray([1.0, 2.0, 4.0])), scalar=False),
+    ProcessMember("per_pixel", lambda: PerPixel(jnp.linspace(1.0, 4.0, D)), scalar=False),
 ]
 
 

@@ -18,7 +18,8 @@ ABOUT = """diffjax train: train a model into a workdir, or go on with one.
 
 A workdir with a checkpoint goes on by itself. SIGTERM or Ctrl-C saves before leaving (exit code 3).
 Configs by name: {names}.
-Every field of a config is a flag: --config.training.batch_size=64, --config.data.data_dir=..."""
+Every field of a config is a flag: --config.training.batch_size=64, --config.seed=1.
+Data sets are looked for in $TFDS_DATA_DIR, else in ~/tensorflow_datasets."""
 
 
 def run(argv: Sequence[str]) -> int:

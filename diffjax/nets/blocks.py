@@ -260,8 +260,11 @@ class ResnetBlockDDPMpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None, key: Array | None = None) -> Array:
-        """temb: (B, D).  key: turns dropout on."""
+    def __call__(
+        self, parts: Sequence[Array], temb: Array | None, key: Array | None = None
+    ) -> Array:
+        """parts: x in pieces, joined by channels.  temb: (B, D).  key: turns dropout on."""
+        x = jnp.concatenate(parts, axis=-1)
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
         h = _body(self, h, temb, key, features)
@@ -287,8 +290,11 @@ class ResnetBlockBigGANpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None, key: Array | None = None) -> Array:
-        """temb: (B, D).  key: turns dropout on."""
+    def __call__(
+        self, parts: Sequence[Array], temb: Array | None, key: Array | None = None
+    ) -> Array:
+        """parts: x in pieces, joined by channels.  temb: (B, D).  key: turns dropout on."""
+        x = jnp.concatenate(parts, axis=-1)
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
         if self.resize is not None:

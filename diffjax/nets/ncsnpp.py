@@ -149,9 +149,9 @@ class NCSNpp(nn.Module):
         x = x if self.centered else 2 * x - 1
 
         skips = self._encode(x, temb, train)
-        h = self._block(train)(skips[-1], temb)
+        h = self._block(train)([skips[-1]], temb)
         h = self._attention(train)(h)
-        h = self._block(train)(h, temb)
+        h = self._block(train)([h], temb)
         h = self._decode(h, skips, temb, train, self.out_channels or x.shape[-1])
 
         h = h.astype(wide(self.dtype))
@@ -166,7 +166,7 @@ class NCSNpp(nn.Module):
         last = len(self.ch_mult) - 1
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                h = self._block(train, self.nf * mult)(skips[-1], temb)
+                h = self._block(train, self.nf * mult)([skips[-1]], temb)
                 if h.shape[1] in self.attn_resolutions:
                     h = self._attention(train)(h)
                 skips.append(h)
@@ -194,8 +194,8 @@ class NCSNpp(nn.Module):
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = self._block(train, self.nf * self.ch_mult[level])(h, temb)
+                block = self._block(train, self.nf * self.ch_mult[level])
+                h = block([h, skips.pop()], temb)
             if h.shape[1] in self.attn_resolutions:
                 h = self._attention(train)(h)
             h, pyramid = self._join_output(h, pyramid, channels)
@@ -227,12 +227,12 @@ class NCSNpp(nn.Module):
 
     def _halve(self, h: Array, temb: Array | None, train: bool) -> Array:
         if self.resblock_type == "biggan":
-            return self._block(train, resize="down")(h, temb)
+            return self._block(train, resize="down")([h], temb)
         return Downsample(self.fir, self.fir_kernel, self.resamp_with_conv, dtype=self.dtype)(h)
 
     def _double(self, h: Array, temb: Array | None, train: bool) -> Array:
         if self.resblock_type == "biggan":
-            return self._block(train, resize="up")(h, temb)
+            return self._block(train, resize="up")([h], temb)
         return Upsample(self.fir, self.fir_kernel, self.resamp_with_conv, dtype=self.dtype)(h)
 
     def _block(
@@ -240,8 +240,8 @@ class NCSNpp(nn.Module):
         train: bool,
         features: int | None = None,
         resize: Literal["up", "down"] | None = None,
-    ) -> Callable[[Array, Array | None], Array]:
-        """A new residual block of the chosen type, as a function of (h, temb)."""
+    ) -> Callable[[Sequence[Array], Array | None], Array]:
+        """A new residual block of the chosen type, as a function of (parts of h, temb)."""
         block: nn.Module
         shared: dict[str, Any] = {
             "act": self.nonlinearity,
@@ -259,7 +259,7 @@ class NCSNpp(nn.Module):
             block = ResnetBlockDDPMpp(**shared)
         key = self.make_rng("dropout") if train and self.dropout > 0 else None
         call = self._maybe_recompute(block, train)
-        return lambda h, temb: call(h, temb, key)
+        return lambda parts, temb: call(parts, temb, key)
 
     def _attention(self, train: bool) -> Callable[[Array], Array]:
         """A new attention block."""

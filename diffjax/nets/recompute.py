@@ -15,20 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.types import Array
+from diffjax.core.types import Array, PyTree
 
 
 def recompute(f: Callable[..., Array]) -> Callable[..., Array]:
     """f(x, *args) whose backward pass keeps only (x, args) and computes f again.
 
-    x and f's result are arrays (B, ...) of one rank; args are trees of arrays. Reverse mode only.
+    x is a tree of arrays like f's result, (B, ...) of the same rank; args are trees of arrays.
+    Reverse mode only.
     """
 
     @jax.custom_vjp
-    def call(x: Array, *args: Any) -> Array:
+    def call(x: PyTree, *args: Any) -> Array:
         return f(x, *args)
 
-    def forward(x: Array, *args: Any) -> tuple[Array, tuple[Any, ...]]:
+    def forward(x: PyTree, *args: Any) -> tuple[Array, tuple[Any, ...]]:
         return f(x, *args), (x, *args)
 
     def backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
@@ -40,7 +41,7 @@ def recompute(f: Callable[..., Array]) -> Callable[..., Array]:
     return call
 
 
-def _after(x: Array, cotangent: Array) -> Array:
+def _after(x: PyTree, cotangent: Array) -> PyTree:
     """x, not to be known before the cotangent is: x where that is a number, else NaN."""
     probe = cotangent[(slice(None), *[slice(1)] * (cotangent.ndim - 1))]
-    return jnp.where(probe == probe, x, jnp.nan)
+    return jax.tree.map(lambda leaf: jnp.where(probe == probe, leaf, jnp.nan), x)

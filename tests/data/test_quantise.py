@@ -27,7 +27,7 @@ def bin_of(x, levels, low, high):
     return np.searchsorted(edges, np.asarray(x, np.float64), side="right") - 1
 
 
-@pytest.mark.parametrize(("ends", "placement"), itertools.product(RANGES, PLACEMENTS))
+@pytest.mark.parametrize(("ends", "placement"), list(itertools.product(RANGES, PLACEMENTS)))
 def test_levels_survive_the_way_there_and_back(ends, placement):
     for levels in range(2, 257):
         k = every_level(levels)

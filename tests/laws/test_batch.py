@@ -47,7 +47,9 @@ def vmap_is_a_loop(pair):
     """Two solves under `vmap` are the two solves."""
     xs = jax.numpy.stack([cases.start(pair), 0.5 * cases.start(pair)])
     keys = jax.numpy.stack([cases.keys(), cases.keys(3)])
-    together = jax.jit(jax.vmap(lambda x, key: cases.draw(pair, x=x, key=key)))(xs, keys)
+    times = pair.times()
+    solve = jax.vmap(lambda x, key: cases.draw(pair, x=x, key=key, times=times))
+    together = jax.jit(solve, compiler_options=cases.PLAIN)(xs, keys)
     one_by_one = [cases.draw(pair, x=x, key=key) for x, key in zip(xs, keys, strict=True)]
     np.testing.assert_allclose(together, np.stack(one_by_one), rtol=2e-5, atol=2e-5)
 

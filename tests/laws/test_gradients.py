@@ -18,11 +18,13 @@ class Vary:
 
     def __init__(self, pair):
         def loss(x, solver, process, times):
-            return jnp.sum(
-                cases.draw(pair, x=x, solver=solver, process=process, times=times, run=_plain) ** 2
-            )
+            samples = cases.draw(pair, x=x, solver=solver, process=process, times=times)
+            return jnp.sum(samples**2)
 
-        self.pair, self.gradient = pair, jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        self.pair, self.gradient = (
+            pair,
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options=cases.PLAIN),
+        )
 
     def __call__(self, solver):
         """Gradients with respect to x, the solver, the process and the grid (which ends at 0)."""
@@ -30,10 +32,6 @@ class Vary:
         return self.gradient(
             cases.start(pair), canonical(solver), canonical(pair.process), pair.times()
         )
-
-
-def _plain(*args, **kwargs):
-    return cases.sample(*args, **kwargs)
 
 
 def gradients_are_finite(pair, *solvers):

@@ -1,0 +1,124 @@
+"""The command: what it prints, its exit codes, and that mistakes damage nothing."""
+
+import numpy as np
+import pytest
+
+from diffjax.cli.main import main
+from diffjax.cli.sample import numbers
+from diffjax.runs.workdir import RunError
+
+
+def call(capsys, *arguments):
+    """Exit code, stdout, stderr."""
+    code = main(["diffjax", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_teaches(capsys):
+    code, out, _ = call(capsys)
+    assert code == 0
+    assert "diffjax train    --config=digits" in out
+    for verb, flag in (("train", "--workdir"), ("sample", "--solver"), ("evaluate", "--metrics")):
+        code, out, _ = call(capsys, verb, "--help")
+        assert code == 0
+        assert flag in out
+        assert f"diffjax {verb}" in out
+
+
+def test_sample_and_evaluate(capsys, trained, tmp_path):
+    code, out, _ = call(
+        capsys, "sample", f"--workdir={trained}", "--num=3", f"--out={tmp_path}", "--steps=3"
+    )
+    assert code == 0
+    assert "Drew 3 images of step 10" in out
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["images"].shape == (3, 8, 8, 1)
+    code, out, _ = call(
+        capsys, "evaluate", f"--workdir={trained}", "--metrics=loss,bpd", "--limit=4"
+    )
+    assert code == 0
+    assert "bits/dim of 4 held-out images" in out
+    assert "= log2(17)" in out
+
+
+def test_training_goes_on_with_the_stored_config(capsys, trained):
+    code, out, _ = call(capsys, "train", f"--workdir={trained}", "--noprogress")
+    assert code == 0
+    assert "Trained 10 steps" in out
+
+
+MISTAKES = {
+    "unknown verb": (["trian"], "there is no verb 'trian'"),
+    "no workdir": (["train", "--config=digits"], "--workdir is missing"),
+    "no config": (["train", "--workdir={tmp}"], "--config is missing"),
+    "unknown config": (
+        ["train", "--config=digit", "--workdir={tmp}"],
+        "There is no config 'digit'",
+    ),
+    "unknown key": (
+        ["train", "--config=digits:quick", "--workdir={tmp}", "--config.optim.lrr=1"],
+        "lrr",
+    ),
+    "wrong type": (
+        ["train", "--config=digits:quick", "--workdir={tmp}", "--config.training.n_iters=many"],
+        "n_iters",
+    ),
+    "bad value": (
+        ["train", "--config=digits:quick", "--workdir={tmp}", "--config.process.beta_min=-1"],
+        "beta_min must not be negative",
+    ),
+    "unknown flag": (["sample", "--workdir={run}", "--sovler=heun"], "sovler"),
+    "other config": (
+        ["train", "--config=digits:quick", "--workdir={run}", "--config.optim.lr=0.5"],
+        "belongs to another config (optim.lr",
+    ),
+    "no run": (["sample", "--workdir={tmp}"], "no config.json"),
+    "unwritable": (
+        ["train", "--config=digits:quick", "--workdir={file}/inside"],
+        "another workdir",
+    ),
+    "unknown solver": (["sample", "--workdir={run}", "--solver=hean"], "Did you mean 'heun'"),
+    "solver that does not fit": (
+        ["sample", "--workdir={run}", "--solver=euler", "--steps=0"],
+        "must be at least 1",
+    ),
+    "unknown metric": (["evaluate", "--workdir={run}", "--metrics=fid"], "choose among"),
+    "no such checkpoint": (["sample", "--workdir={run}", "--step=3"], "holds steps"),
+    "stray argument": (["sample", "--workdir={run}", "heun"], "Unexpected argument 'heun'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, trained, tmp_path, case):
+    arguments, expected = MISTAKES[case]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "work").mkdir()
+    places = {"run": trained, "tmp": tmp_path / "work", "file": tmp_path / "file"}
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
+    code, _, err = call(capsys, *(a.format(**places) for a in arguments))
+    assert code == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_damaged_checkpoint_is_named(capsys, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    for step in ("5", "10"):
+        for file in (tmp_path / "run" / "checkpoints" / step).rglob("*"):
+            if file.is_file() and file.name != "commit_success.txt":
+                file.write_bytes(b"")
+    code, _, err = call(capsys, "sample", f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert "Damaged" in err
+
+
+def test_numbers_read_ranges():
+    assert numbers("seeds", "0-3,7") == [0, 1, 2, 3, 7]
+    for text in ("", "a", "3-", "-2"):
+        with pytest.raises(RunError, match="--seeds takes numbers"):
+            numbers("seeds", text)
