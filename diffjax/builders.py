@@ -52,11 +52,17 @@ def _plain(kind: prediction.KindName) -> precondition.Precondition:
     )
 
 
+def _edm(sigma_data: float = 0.5, label: str = "log_noise_level") -> precondition.Precondition:
+    """EDM's convention; label "noise_level" for networks with a Fourier embedding."""
+    labels = {"log_noise_level": precondition.LogNoiseLevel, "noise_level": precondition.NoiseLevel}
+    return precondition.edm(sigma_data, make(labels, {"name": label}, "precondition.label"))
+
+
 PRECONDITIONS: dict[str, Callable[..., precondition.Precondition]] = {
     "plain": _plain,
     "score_sde_vp": precondition.score_sde_vp,
     "score_sde_ve": precondition.score_sde_ve,
-    "edm": precondition.edm,
+    "edm": _edm,
     "edm_vp": precondition.vp,
     "edm_ve": precondition.ve,
     "iddpm": precondition.iddpm,

@@ -259,6 +259,7 @@ def variational_bound(
     Raises ValueError where the log-SNR is infinite at t_min or t_max (a flow needs t_max < 1).
     """
     checks.at_least("n_times", n_times, 1)
+    levels = x0
     x0 = at_least_float32(x0 if quantisation is None else quantisation.to_model(x0))
     keys = random.sample_keys(key, batch_size(x0))
     first, last = finite_log_snr(process, process.t_min, process.t_max)
@@ -282,22 +283,27 @@ def variational_bound(
         nats = size_per_sample(x0) / 2 * (1 + math.log(2 * math.pi) - first)
         reconstruction = jnp.broadcast_to(nats, kl.shape)
     else:
-        reconstruction = _decode_levels(keys, process, x0, quantisation)
+        reconstruction = _decode_levels(keys, process, levels, quantisation)
     return Bound(kl, diffusion, reconstruction)
 
 
-def _decode_levels(keys: Key, process: Process, x0: Array, quantisation: Quantisation) -> Array:
-    """Eq. (5), (B,), one draw of x_t; a scan over the levels, so memory does not grow with them."""
-    t = jnp.asarray(process.t_min, float)
-    alpha, _, sigma = process.coeffs(t)
-    x_t = perturb(process, x0, t, random.normal_like(keys, "reconstruction", x0))
+def _decode_levels(keys: Key, process: Process, levels: Array, quantisation: Quantisation) -> Array:
+    """Eq. (5), (B,), for one draw of eps; a scan over k, so memory does not grow with the levels.
 
-    def logit(x_k):
-        return -jnp.square((x_t - expand(alpha, x_t) * x_k) / expand(sigma, x_t)) / 2
+    With r_k = alpha (x0 - x_k)/sigma the logits, less that of the true level, are
+    -r_k (r_k/2 + eps). The places x_k are evenly spaced, so r_k is exactly 0 at the true level.
+    """
+    alpha, _, sigma = process.coeffs(jnp.asarray(process.t_min, float))
+    first, second = quantisation.to_model(jnp.arange(2))
+    level = jnp.asarray(levels).astype(first.dtype)
+    eps = random.normal_like(keys, "reconstruction", level)
+    spacing = expand(alpha / sigma, level) * (second - first)
 
     def add(total, k):
-        place = quantisation.to_model(k).astype(x_t.dtype)
-        return jnp.logaddexp(total, logit(place)), None
+        r = spacing * (level - k)
+        return jnp.logaddexp(total, -r * (r / 2 + eps)), None
 
-    everything, _ = jax.lax.scan(add, jnp.full_like(x_t, -jnp.inf), jnp.arange(quantisation.levels))
-    return sum_per_sample(everything - logit(x0))
+    everything, _ = jax.lax.scan(
+        add, jnp.full_like(level, -jnp.inf), jnp.arange(quantisation.levels, dtype=level.dtype)
+    )
+    return sum_per_sample(everything)

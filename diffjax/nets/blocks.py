@@ -36,6 +36,10 @@ from diffjax.core.types import Array
 from diffjax.nets import resample
 from diffjax.nets.embed import Activation, Dtype, default_init, wide
 
+# What a residual block starts from: x in pieces, to be joined by channels, and keys (B,) for dropout
+# or None. Only this is tied to the backward pass where a block is recomputed.
+Source = tuple[Sequence[Array], Array | None]
+
 
 def conv3x3(features: int, dtype: Dtype, init_scale: float = 1.0, stride: int = 1) -> nn.Conv:
     """A 3 x 3 convolution with zero padding (for stride 2 after the last pixel only)."""
@@ -58,15 +62,17 @@ def join(x: Array, h: Array, rescale: bool) -> Array:
     return (x + h) * math.sqrt(0.5) if rescale else x + h
 
 
-def dropout(key: Array, x: Array, rate: float) -> Array:
+def dropout(keys: Array, x: Array, rate: float) -> Array:
     """Zeros each value with probability `rate`, to the nearest 1/65536, and rescales the others.
 
-    Sixteen random bits decide on a value, so the draw and the mask that the backward pass keeps cost
-    half of a uniform number each.
+    keys: (B,), one a sample.  x: (B, H, W, C). Sixteen random bits decide on a value: half the cost
+    of drawing a uniform number for it.
     """
     dropped = round(rate * 65536)
-    channels = x.shape[-1]
-    words = jax.random.bits(key, (*x.shape[:-1], (channels + 1) // 2), jnp.uint32)
+    *shape, channels = x.shape[1:]
+    words = jax.vmap(lambda key: jax.random.bits(key, (*shape, (channels + 1) // 2), jnp.uint32))(
+        keys
+    )
     bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)
     keep = bits[..., :channels] >= dropped
     return jnp.where(keep, x * (65536 / (65536 - dropped)), 0)
@@ -92,15 +98,8 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
         gain, shift = _normaliser(x.astype(wide(self.dtype)), groups, scale, bias)
-
-        # Only x is kept for the backward pass; the normalised image and the activation's own
-        # residuals are recomputed there, which is cheaper than reading them.
-        @jax.checkpoint
-        def affine_act(x: Array, gain: Array, shift: Array) -> Array:
-            y = x.astype(gain.dtype) * gain + shift
-            return y if self.act is None else self.act(y)
-
-        return affine_act(x, gain, shift).astype(self.dtype)
+        y = x.astype(gain.dtype) * gain + shift
+        return (y if self.act is None else self.act(y)).astype(self.dtype)
 
 
 def _normaliser(x: Array, groups: int, scale: Array, bias: Array) -> tuple[Array, Array]:
@@ -260,14 +259,13 @@ class ResnetBlockDDPMpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, parts: Sequence[Array], temb: Array | None, key: Array | None = None
-    ) -> Array:
-        """parts: x in pieces, joined by channels.  temb: (B, D).  key: turns dropout on."""
+    def __call__(self, source: Source, temb: Array | None) -> Array:
+        """temb: (B, D)."""
+        parts, keys = source
         x = jnp.concatenate(parts, axis=-1)
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
-        h = _body(self, h, temb, key, features)
+        h = _body(self, h, temb, keys, features)
         if x.shape[-1] != features:
             x = NIN(features, dtype=self.dtype)(x)
         return join(x, h, self.skip_rescale)
@@ -290,17 +288,16 @@ class ResnetBlockBigGANpp(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, parts: Sequence[Array], temb: Array | None, key: Array | None = None
-    ) -> Array:
-        """parts: x in pieces, joined by channels.  temb: (B, D).  key: turns dropout on."""
+    def __call__(self, source: Source, temb: Array | None) -> Array:
+        """temb: (B, D)."""
+        parts, keys = source
         x = jnp.concatenate(parts, axis=-1)
         features = self.features or x.shape[-1]
         h = GroupNorm(self.dtype, self.act)(x)
         if self.resize is not None:
             change = upsample if self.resize == "up" else downsample
             h, x = (change(v, self.fir, self.fir_kernel) for v in (h, x))
-        h = _body(self, h, temb, key, features)
+        h = _body(self, h, temb, keys, features)
         if x.shape[-1] != features or self.resize is not None:
             x = conv1x1(features, self.dtype)(x)
         return join(x, h, self.skip_rescale)
@@ -310,7 +307,7 @@ def _body(
     block: ResnetBlockDDPMpp | ResnetBlockBigGANpp,
     h: Array,
     temb: Array | None,
-    key: Array | None,
+    keys: Array | None,
     features: int,
 ) -> Array:
     """What both residual blocks do between their resampling and their sum, within their scope."""
@@ -319,6 +316,6 @@ def _body(
         shift = dense(features, block.dtype)(block.act(temb))
         h = h + shift[:, None, None].astype(h.dtype)
     h = GroupNorm(block.dtype, block.act)(h)
-    if key is not None:
-        h = dropout(key, h, block.dropout)
+    if keys is not None:
+        h = dropout(keys, h, block.dropout)
     return conv3x3(features, block.dtype, block.init_scale)(h)

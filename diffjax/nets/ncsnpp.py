@@ -19,15 +19,17 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 2021, https://arxiv.org/abs/2011.13456, section 4.4 and appendix H.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from diffjax.core import checks
-from diffjax.core.types import Array
+from diffjax.core.types import Array, PyTree
 from diffjax.nets import resample
 from diffjax.nets.blocks import (
     AttnBlockpp,
@@ -42,6 +44,9 @@ from diffjax.nets.blocks import (
 )
 from diffjax.nets.embed import Activation, Dtype, EmbeddingType, embed_label, per_sample, wide
 from diffjax.nets.recompute import recompute
+
+Block = Callable[..., Array]
+Attention = Callable[[Array], Array]
 
 
 class NCSNpp(nn.Module):
@@ -148,30 +153,32 @@ class NCSNpp(nn.Module):
         x = x.astype(self.dtype)
         x = x if self.centered else 2 * x - 1
 
-        skips = self._encode(x, temb, train)
-        h = self._block(train)([skips[-1]], temb)
-        h = self._attention(train)(h)
-        h = self._block(train)([h], temb)
-        h = self._decode(h, skips, temb, train, self.out_channels or x.shape[-1])
+        block = partial(self._block, temb=temb, keys=self._dropout_keys(x, train), train=train)
+        attention = partial(self._attention, train=train)
+        skips = self._encode(x, block, attention)
+        h = block([skips[-1]])
+        h = attention(h)
+        h = block([h])
+        h = self._decode(h, skips, block, attention, self.out_channels or x.shape[-1])
 
         h = h.astype(wide(self.dtype))
         if self.scale_by_sigma:
             h = h / label[:, None, None, None]
         return h if batched else h[0]
 
-    def _encode(self, x: Array, temb: Array | None, train: bool) -> list[Array]:
+    def _encode(self, x: Array, block: Block, attention: Attention) -> list[Array]:
         """The way down: every result that the way up will join, the deepest last."""
         pyramid = x
         skips = [conv3x3(self.nf, self.dtype)(x)]
         last = len(self.ch_mult) - 1
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                h = self._block(train, self.nf * mult)([skips[-1]], temb)
+                h = block([skips[-1]], features=self.nf * mult)
                 if h.shape[1] in self.attn_resolutions:
-                    h = self._attention(train)(h)
+                    h = attention(h)
                 skips.append(h)
             if level != last:
-                h = self._halve(skips[-1], temb, train)
+                h = self._halve(skips[-1], block)
                 h, pyramid = self._join_input(h, pyramid)
                 skips.append(h)
         return skips
@@ -188,19 +195,18 @@ class NCSNpp(nn.Module):
         return h, pyramid
 
     def _decode(
-        self, h: Array, skips: list[Array], temb: Array | None, train: bool, channels: int
+        self, h: Array, skips: list[Array], block: Block, attention: Attention, channels: int
     ) -> Array:
         """The way up and out: consumes the skips from the deepest on."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
-                block = self._block(train, self.nf * self.ch_mult[level])
-                h = block([h, skips.pop()], temb)
+                h = block([h, skips.pop()], features=self.nf * self.ch_mult[level])
             if h.shape[1] in self.attn_resolutions:
-                h = self._attention(train)(h)
+                h = attention(h)
             h, pyramid = self._join_output(h, pyramid, channels)
             if level != 0:
-                h = self._double(h, temb, train)
+                h = self._double(h, block)
         return pyramid if self.progressive == "output_skip" else self._head(h, channels)
 
     def _join_output(
@@ -225,23 +231,27 @@ class NCSNpp(nn.Module):
         h = GroupNorm(self.dtype, self.nonlinearity)(h)
         return conv3x3(channels, self.dtype, scale)(h)
 
-    def _halve(self, h: Array, temb: Array | None, train: bool) -> Array:
+    def _halve(self, h: Array, block: Block) -> Array:
         if self.resblock_type == "biggan":
-            return self._block(train, resize="down")([h], temb)
+            return block([h], resize="down")
         return Downsample(self.fir, self.fir_kernel, self.resamp_with_conv, dtype=self.dtype)(h)
 
-    def _double(self, h: Array, temb: Array | None, train: bool) -> Array:
+    def _double(self, h: Array, block: Block) -> Array:
         if self.resblock_type == "biggan":
-            return self._block(train, resize="up")([h], temb)
+            return block([h], resize="up")
         return Upsample(self.fir, self.fir_kernel, self.resamp_with_conv, dtype=self.dtype)(h)
 
     def _block(
         self,
-        train: bool,
+        parts: list[Array],
         features: int | None = None,
         resize: Literal["up", "down"] | None = None,
-    ) -> Callable[[Sequence[Array], Array | None], Array]:
-        """A new residual block of the chosen type, as a function of (parts of h, temb)."""
+        *,
+        temb: Array | None,
+        keys: Iterator[Array] | None,
+        train: bool,
+    ) -> Array:
+        """A new residual block of the chosen type, applied to [h, skip]."""
         block: nn.Module
         shared: dict[str, Any] = {
             "act": self.nonlinearity,
@@ -257,22 +267,30 @@ class NCSNpp(nn.Module):
             )
         else:
             block = ResnetBlockDDPMpp(**shared)
-        key = self.make_rng("dropout") if train and self.dropout > 0 else None
-        call = self._maybe_recompute(block, train)
-        return lambda parts, temb: call(parts, temb, key)
+        x = (parts, None if keys is None else next(keys))
+        return self._run(block, x, temb, train=train)
 
-    def _attention(self, train: bool) -> Callable[[Array], Array]:
-        """A new attention block."""
+    def _attention(self, h: Array, *, train: bool) -> Array:
+        """A new attention block, applied to h."""
         block = AttnBlockpp(self.skip_rescale, self.init_scale, self.dtype)
-        return self._maybe_recompute(block, train)
+        return self._run(block, h, train=train)
 
-    def _maybe_recompute(self, block: nn.Module, train: bool) -> Callable[..., Array]:
-        """The block, kept or recomputed in the backward pass; its parameters are the same."""
+    def _run(self, block: nn.Module, *args: PyTree, train: bool) -> Array:
+        """Calls the block, which keeps its values for the backward pass or is recomputed there."""
         if not (self.remat and train) or self.is_initializing():
-            return block
+            return block(*args)
         free, variables = block.unbind()
-        call = recompute(lambda h, variables, *args: free.apply(variables, h, *args))
-        return lambda h, *args: call(h, variables, *args)
+        call = recompute(lambda x, variables, *rest: free.apply(variables, x, *rest))
+        return call(args[0], variables, *args[1:])
+
+    def _dropout_keys(self, x: Array, train: bool) -> Iterator[Array] | None:
+        """Keys (B,) for each residual block in turn, or None where nothing is dropped."""
+        if not train or self.dropout == 0:
+            return None
+        levels = len(self.ch_mult)
+        resizes = 2 * (levels - 1) if self.resblock_type == "biggan" else 0
+        blocks = levels * (2 * self.num_res_blocks + 1) + resizes + 2
+        return iter(jax.random.split(self.make_rng("dropout"), (blocks, x.shape[0])))
 
     def _check_image(self, x: Array) -> None:
         if x.ndim != 4:

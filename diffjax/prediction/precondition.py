@@ -173,9 +173,9 @@ class Precondition(NamedTuple):
     label: OfTime
 
 
-def edm(sigma_data: Number = 0.5) -> Precondition:
-    """Eq. (5)."""
-    return Precondition(EDMF(sigma_data), UnitVariance(sigma_data), LogNoiseLevel(0.25))
+def edm(sigma_data: Number = 0.5, label: OfTime = LogNoiseLevel(0.25)) -> Precondition:
+    """Eq. (5). label: `NoiseLevel()` for a network that takes the logarithm itself (Fourier)."""
+    return Precondition(EDMF(sigma_data), UnitVariance(sigma_data), label)
 
 
 def vp(beta_min: Number = 0.1, beta_max: Number = 20.0) -> Precondition:

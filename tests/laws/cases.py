@@ -50,7 +50,7 @@ DRAW = jax.jit(sample, static_argnames=("save",), compiler_options=PLAIN)
 
 
 def denoiser(pair):
-    """The exact denoiser of a Gaussian under the pair's process: element-wise in x."""
+    """The exact denoiser of Gaussian data under the pair's process: element-wise in x."""
     return Counted(oracles.gaussian(members.D).denoiser(pair.process))
 
 
@@ -65,18 +65,24 @@ def start(pair, batch=B):
     return jnp.asarray(x * float(jnp.max(pair.process.coeffs(pair.times()[0]).sigma)))
 
 
+def arguments(pair, **changes):
+    """The arguments of `sample` for a pair, but for the key and x; concrete, also under `jit`."""
+    with jax.ensure_compile_time_eval():
+        return {
+            "denoise": denoiser(pair),
+            "times": pair.times(),
+            "solver": pair.solver,
+            "process": pair.process,
+            "final": pair.final,
+        } | changes
+
+
 def draw(pair, x=None, key=None, run=DRAW, **changes):
     """The samples of a pair, as the laws run it; `changes` replace arguments of `sample`."""
-    arguments = {
-        "denoise": denoiser(pair),
-        "times": pair.times(),
-        "solver": pair.solver,
-        "process": pair.process,
-        "final": pair.final,
-    } | changes
+    given = arguments(pair, **changes)
     x = start(pair) if x is None else x
     key = keys(batch=jax.tree.leaves(x)[0].shape[0]) if key is None else key
-    return run(key, arguments.pop("denoise"), x, arguments.pop("times"), **arguments).x
+    return run(key, given.pop("denoise"), x, given.pop("times"), **given).x
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def _ancestral(denoise, process, state, t, s, z, eta=1.0):
 
 @pytree
 class WholeBatchNoise(_OneCall):
-    """Draws one array for the batch from one key: a sample's noise depends on the batch size."""
+    """Draws one array for the batch from the first sample's key."""
 
     def step(self, keys, denoise, process, state, t, s):
         z = jax.random.normal(keys[0], state.x.shape)
@@ -221,3 +221,11 @@ class FloatsFromNumpy(PlainRoot):
     def coeffs(self, t):
         c = PlainRoot.coeffs(self, t)
         return c._replace(sigma=c.sigma * jnp.ones((), float))
+
+
+@pytree
+class NotInverse(PlainRoot):
+    """Inverts half the log-SNR."""
+
+    def inverse_log_snr(self, lam):
+        return jnp.log1p(jnp.exp(-lam / 2)) / (2 * self.rate)

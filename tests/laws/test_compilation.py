@@ -21,22 +21,26 @@ def numbers_never_retrace(pair):
     cases.base(pair)  # compiled, here or before
     programs, traces = cases.DRAW._cache_size(), len(cases.TRACES)
     for i in range(1, 5):
-        shifted = lambda tree, i=i: jax.tree.map(lambda leaf: leaf * (1 - 0.01 * i), tree)
         cases.draw(
             pair,
             key=cases.keys(i),
-            denoise=shifted(cases.denoiser(pair)),
+            denoise=_shifted(cases.denoiser(pair), i),
             solver=_other_numbers(pair.solver, i),
-            process=shifted(pair.process),
-            times=shifted(pair.times()),
+            process=_shifted(pair.process, i),
+            times=_shifted(pair.times(), i),
         )
     assert cases.DRAW._cache_size() == programs, "a new program was compiled"
     assert len(cases.TRACES) == traces, "the denoiser was traced again"
 
 
+def _shifted(tree, i):
+    """The tree with other numbers."""
+    return jax.tree.map(lambda leaf: leaf * (1 - 0.01 * i), tree)
+
+
 def _other_numbers(solver, i):
     """The solver with other numbers, in its leaves and in static fields that hold floats."""
-    solver = jax.tree.map(lambda leaf: leaf * (1 - 0.01 * i), solver)
+    solver = _shifted(solver, i)
     for name, value in vars(solver).items():
         if name not in _leaf_names(solver) and isinstance(value, float):
             object.__setattr__(solver, name, value * (1 - 0.01 * i))

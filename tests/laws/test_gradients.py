@@ -6,39 +6,34 @@ import numpy as np
 import pytest
 
 from diffjax.core.numerics import canonical
-from diffjax.solvers import DDIM, EDMChurn, Heun
+from diffjax.solvers import DDIM, EDMChurn, Heun, sample
 from tests import members
 from tests.laws import cases, mutants
 
 VP = members.PROCESSES[0]
 
 
-class Vary:
-    """One compiled gradient of the sum of squares of a pair's samples, for many numbers."""
+def gradient(pair):
+    """solver -> the gradients of the sum of squares of a pair's samples, compiled once.
 
-    def __init__(self, pair):
-        def loss(x, solver, process, times):
-            samples = cases.draw(pair, x=x, solver=solver, process=process, times=times)
-            return jnp.sum(samples**2)
+    With respect to x, the solver, the process and the grid, which ends at 0 where it can.
+    """
+    given = {name: cases.arguments(pair)[name] for name in ("denoise", "final")}
+    process, times = canonical(pair.process), pair.times()
 
-        self.pair, self.gradient = (
-            pair,
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options=cases.PLAIN),
-        )
+    def loss(x, solver, process, times):
+        changes = given | {"solver": solver, "process": process, "times": times}
+        return jnp.sum(cases.draw(pair, x=x, run=sample, **changes) ** 2)
 
-    def __call__(self, solver):
-        """Gradients with respect to x, the solver, the process and the grid (which ends at 0)."""
-        pair = self.pair
-        return self.gradient(
-            cases.start(pair), canonical(solver), canonical(pair.process), pair.times()
-        )
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options=cases.PLAIN)
+    return lambda solver: run(cases.start(pair), canonical(solver), process, times)
 
 
 def gradients_are_finite(pair, *solvers):
     """At the solver's own numbers, or at those of `solvers`."""
-    gradient = Vary(pair)
+    run = gradient(pair)
     for solver in solvers or (pair.solver,):
-        found = gradient(solver)
+        found = run(solver)
         for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
             name = jax.tree_util.keystr(path)
             assert np.isfinite(leaf).all(), f"gradient {name} of {solver} is {leaf}"

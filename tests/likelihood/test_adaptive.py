@@ -80,7 +80,7 @@ def test_leaves_are_controlled_one_by_one(x64):
 
 
 def test_pi_rule_rejects_less(x64):
-    """Where stability limits the step of y' = -400 (y - cos t), (3) with pc > 0 saves rejections."""
+    """Where stability limits the step, as in y' = -400 (y - cos t), (3) with pc > 0 rejects less."""
     field = lambda t, y: -400 * (y - jnp.cos(t)[:, None])  # noqa: E731
     plain, smooth = (
         integrate(field, jnp.zeros((1, 1)), 0.0, 2.0, controller=PIController(1e-5, 1e-5, *pi))
@@ -102,7 +102,7 @@ def test_pi_rule_rejects_less(x64):
     ids=["pole", "nan", "max_steps"],
 )
 def test_giving_up_is_nan_and_ends(field, controller):
-    """A sample that cannot arrive is NaN; its neighbour, which stands still at 0, is not touched."""
+    """A sample that cannot arrive is NaN; its neighbour, which stands still, is not touched."""
     y = jnp.asarray([[0.9], [0.0]])
     field_of_first = lambda t, y: field(t, y) * jnp.asarray([[1.0], [0.0]])  # noqa: E731
     got = solve(field_of_first, y, 0.0, 3.0, controller=controller)

@@ -98,12 +98,16 @@ def test_landing_finds_a_last_step_like_the_others():
     assert jnp.abs(end - POINT[None]).max() > 0.01
 
 
-# Relative to the state's size: float32 rounding is 6e-8 a step, so a random walk of 1000 steps
-# costs 2e-6 and a systematic loss of a digit in each step 6e-5 and more.
+# Rounding is 6e-8 a step. Euler and Heun add a small increment to x, so 1000 steps cost little more
+# than one; DDIM builds x anew in each, which walks to about 30 times that on values of order 1. A
+# digit lost in each step would show as 1e-4 and more.
+DIGITS = {"euler": 1e-5, "heun": 1e-5, "ddim": 6e-5}
+
+
 @pytest.mark.parametrize("name", ["vp", "edm", "cosine", "sub_vp"])
-@pytest.mark.parametrize("case", ["euler", "heun", "ddim"])
+@pytest.mark.parametrize("case", DIGITS)
 def test_float32_keeps_its_digits(case, name):
-    """1000 steps in float32 and in float64 on the same times agree to 3e-5."""
+    """1000 steps in float32 and in float64 on the same times agree."""
     process, solver = PROCESSES[name], SOLVERS[case]
     times = np.asarray(grids.log_snr(process, 1000, t_min=1e-3 if name != "edm" else 0.002))
     scale = float(process.coeffs(jnp.asarray(process.t_max)).sigma)
@@ -122,8 +126,7 @@ def test_float32_keeps_its_digits(case, name):
     with jax.enable_x64(True):
         double = run(jnp.float64)
     assert np.abs(double).max() > 0.5
-    print("GAP", case, name, np.abs(single - double).max(), np.median(np.abs(single - double)))
-    np.testing.assert_allclose(single, double, atol=6e-5)
+    np.testing.assert_allclose(single, double, atol=DIGITS[case])
 
 
 @pytest.mark.parametrize("case", ["ddim", "heun", "ddim_eta", "reverse_diffusion", "churned_heun"])

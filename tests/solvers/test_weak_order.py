@@ -75,7 +75,7 @@ def test_weak_order(case, name):
 
 
 @pytest.mark.parametrize("change", [noise_scaled_by(1.03), noise_scaled_by(0.0), times_swapped])
-@pytest.mark.parametrize("case", SOLVERS)
+@pytest.mark.parametrize("case", ["euler_maruyama", "reverse_diffusion", "ddim_eta_1"])
 def test_weak_order_finds_mutants(case, change):
     """Noise 3% off, missing noise, t and s swapped: the same check fails."""
     with pytest.raises((AssertionError, ValueError)):
