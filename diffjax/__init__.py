@@ -18,6 +18,7 @@ from typing import Any
 import diffjax.train as _train_room
 from diffjax import losses, nets, prediction, processes, solvers
 from diffjax.core.types import Coeffs, DenoiseFn, Prediction
+from diffjax.likelihood import bits_per_dim, log_prob, variational_bound
 from diffjax.losses import denoising_score_matching
 from diffjax.prediction import Denoiser, make_denoiser, precondition
 from diffjax.processes import (
@@ -86,10 +87,12 @@ __all__ = [
     "ToEnd",
     "Tweedie",
     "__version__",
+    "bits_per_dim",
     "denoising_score_matching",
     "evaluate",
     "grids",
     "load",
+    "log_prob",
     "log_snr",
     "losses",
     "make_denoiser",
@@ -103,4 +106,5 @@ __all__ = [
     "sample",
     "solvers",
     "train",
+    "variational_bound",
 ]

@@ -10,6 +10,7 @@ with the section's other fields, so your own nets, processes and data need no ch
 argument that the callable does not take raises, with the nearest name it does take.
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -171,6 +172,16 @@ def _frozen(value: Any) -> Any:
     return value
 
 
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """`net.apply`, equal for equal networks: a bound method is equal for the same object only."""
+
+    net: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.net.apply(*arguments)
+
+
 class Parts(NamedTuple):
     """What a config says of the model: everything that training and sampling share."""
 
@@ -184,7 +195,7 @@ class Parts(NamedTuple):
     def denoiser(self, params: PyTree, cond: Array | None = None) -> prediction.Denoiser:
         """The network with these weights as a denoiser, without dropout. cond: labels, (B,)."""
         return prediction.make_denoiser(
-            self.net.apply,
+            _Apply(self.net),
             self.process,
             variables={"params": params},
             cond=cond,

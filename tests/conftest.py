@@ -44,7 +44,18 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, digits_dir):
+def compilation_cache(tmp_path_factory):
+    """A cache of compiled programs for the tests that train and sample the same small model."""
+    directory = str(tmp_path_factory.mktemp("xla"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        yield directory
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, digits_dir, compilation_cache):
     """The workdir of a finished quick run on the digits: 10 steps, checkpoints at 5 and 10."""
     import diffjax as dj
     from diffjax.runs.workdir import load_config

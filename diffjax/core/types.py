@@ -5,10 +5,10 @@ Symbols: x_t is the state at time t, a pytree of arrays with one leading batch a
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax.core import FrozenDict
 
 Array = jax.Array
 PyTree = Any
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
 
     x0: PyTree
     eps: PyTree
-    extras: Mapping[str, Any] = MappingProxyType({})
+    extras: Mapping[str, Any] = FrozenDict()
 
 
 class DenoiseFn(Protocol):

@@ -75,7 +75,8 @@ class GaussianFourierProjection(nn.Module):
     @nn.compact
     def __call__(self, u: Array) -> Array:
         """Maps u = log(sigma), any shape."""
-        frequencies = self.param("W", nn.initializers.normal(self.scale), (self.embedding_size,))
+        init = nn.initializers.normal(self.scale)
+        frequencies = self.param("W", init, (self.embedding_size,), jnp.float32)
         frequencies = jax.lax.stop_gradient(frequencies).astype(u.dtype)
         phase = 2 * math.pi * u[..., None] * jnp.expand_dims(frequencies, range(u.ndim))
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)

@@ -21,7 +21,7 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ class NCSNpp(nn.Module):
         self, h: Array, skips: list[Array], block: Block, attention: Attention, channels: int
     ) -> Array:
         """The way up and out: consumes the skips from the deepest on."""
-        pyramid = None
+        pyramid: Array | None = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 h = block([h, skips.pop()], features=self.nf * self.ch_mult[level])
@@ -207,7 +207,9 @@ class NCSNpp(nn.Module):
             h, pyramid = self._join_output(h, pyramid, channels)
             if level != 0:
                 h = self._double(h, block)
-        return pyramid if self.progressive == "output_skip" else self._head(h, channels)
+        if pyramid is not None and self.progressive == "output_skip":
+            return pyramid
+        return self._head(h, channels)
 
     def _join_output(
         self, h: Array, pyramid: Array | None, channels: int
@@ -280,8 +282,11 @@ class NCSNpp(nn.Module):
         if not (self.remat and train) or self.is_initializing():
             return block(*args)
         free, variables = block.unbind()
-        call = recompute(lambda x, variables, *rest: free.apply(variables, x, *rest))
-        return call(args[0], variables, *args[1:])
+
+        def apply(x: PyTree, variables: PyTree, *rest: PyTree) -> Array:
+            return cast(Array, free.apply(variables, x, *rest))
+
+        return recompute(apply)(args[0], variables, *args[1:])
 
     def _dropout_keys(self, x: Array, train: bool) -> Iterator[Array] | None:
         """Keys (B,) for each residual block in turn, or None where nothing is dropped."""
@@ -290,7 +295,9 @@ class NCSNpp(nn.Module):
         levels = len(self.ch_mult)
         resizes = 2 * (levels - 1) if self.resblock_type == "biggan" else 0
         blocks = levels * (2 * self.num_res_blocks + 1) + resizes + 2
-        return iter(jax.random.split(self.make_rng("dropout"), (blocks, x.shape[0])))
+        # Samples lead, so that a sample's keys do not depend on the size of the batch.
+        keys = jax.random.split(self.make_rng("dropout"), (x.shape[0], blocks))
+        return (keys[:, i] for i in range(blocks))
 
     def _check_image(self, x: Array) -> None:
         if x.ndim != 4:
@@ -316,7 +323,8 @@ def _check_options(net: NCSNpp) -> None:
     checks.at_least("num_res_blocks", net.num_res_blocks, 1)
     checks.at_least("len(ch_mult)", len(net.ch_mult), 1)
     checks.positive("ch_mult", np.asarray(net.ch_mult))
-    checks.in_range("dropout", net.dropout, 0.0, 1.0)
+    checks.non_negative("dropout", net.dropout)
+    checks.less("dropout", net.dropout, "one", 1.0)
     checks.non_negative("init_scale", net.init_scale)
     checks.positive("fourier_scale", net.fourier_scale)
     checks.one_of("resblock_type", net.resblock_type, ("ddpm", "biggan"))

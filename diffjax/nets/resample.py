@@ -35,7 +35,7 @@ H_AXIS, W_AXIS = -3, -2
 
 
 def normalised(kernel: Sequence[float]) -> tuple[float, ...]:
-    """The taps divided by their sum; raises ValueError where there are none or the sum is not > 0."""
+    """The taps divided by their sum; raises ValueError unless that is positive."""
     total = float(sum(kernel))
     if not total > 0:
         raise ValueError(
@@ -111,7 +111,8 @@ def _require_even(x: Array) -> None:
     height, width = x.shape[H_AXIS], x.shape[W_AXIS]
     if height % 2 or width % 2:
         raise ValueError(
-            f"halving needs an even height and width; got {height} x {width}. Pad or crop the image."
+            f"halving needs an even height and width; got {height} x {width}. "
+            "Pad or crop the image."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.core import checks
 from diffjax.core.numerics import scale
@@ -62,12 +63,16 @@ class Denoiser:
         with jax.ensure_compile_time_eval():
             det = checks.concrete(kinds.determinant(self.kind, self.process, jnp.asarray(times)))
         known = checks.concrete(times)
-        if det is not None and known is not None and (det == 0).any():
-            t = known.reshape(-1)[(det.reshape(-1) == 0).argmax()]
+        if det is None or known is None:
+            return
+        # A score has no finite row at sigma = 0.
+        bad = (det == 0) | ~np.isfinite(det)
+        if bad.any():
+            t = known.reshape(-1)[bad.reshape(-1).argmax()]
             raise ValueError(
-                f"A network of kind {type(self.kind).__name__} does not determine x0 at t = {t}, "
-                "where its row is parallel to x_t's. Use kind 'v', 'velocity' or 'F', or a grid "
-                "that starts below (t_max=...)."
+                f"A network of kind {type(self.kind).__name__} does not determine x0 and eps at "
+                f"t = {t}, where its row is parallel to x_t's or has no limit. Use kind 'v', "
+                "'velocity' or 'F', or a grid that starts inside (t_max=...)."
             )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from diffjax import builders
 from diffjax.core.random import sample_keys
+from diffjax.core.types import Key
 from diffjax.runs import pictures
 from diffjax.runs.model import Model
 from diffjax.runs.workdir import claim, plain
@@ -65,9 +66,12 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
         checkpointer = stack.enter_context(
             checkpoint.Checkpointer(workdir, keep_every=training.snapshot_freq)
         )
-        current = _initial_state(config, parts, optimizer, devices)
-        if checkpointer.latest_step() is not None:
-            like = state.abstract(current, mesh.replicated(devices))
+        key = jax.random.key(config.seed)
+        create = functools.partial(_initial_state, parts, optimizer)
+        if checkpointer.latest_step() is None:
+            current = jax.jit(create, out_shardings=mesh.replicated(devices))(key)
+        else:
+            like = state.abstract(jax.eval_shape(create, key), mesh.replicated(devices))
             current, meta = checkpointer.restore(like)
             batches.resume(meta.position)
             _log.info("Going on from step %d in %s.", int(current.step), workdir)
@@ -113,18 +117,12 @@ def _fits(info: Any, limit: int = 2**31) -> bool:
     return info.size * int(np.prod(info.shape)) <= limit
 
 
-def _initial_state(config: Any, parts: builders.Parts, optimizer: Any, devices: Any) -> Any:
-    """The state before the first update, replicated over the mesh."""
-    from diffjax.train import mesh, state
+def _initial_state(parts: builders.Parts, optimizer: Any, key: Key) -> Any:
+    """The state before the first update."""
+    from diffjax.train import state
 
-    key = jax.random.key(config.seed)
-
-    @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
-    def create(key):
-        params_key, run_key = jax.random.split(key)
-        return state.create_state(run_key, parts.init_params(params_key), optimizer)
-
-    return create(key)
+    params_key, run_key = jax.random.split(key)
+    return state.create_state(run_key, parts.init_params(params_key), optimizer)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.core import checks
 from diffjax.core.numerics import (
@@ -60,8 +61,13 @@ class Tableau(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """New calls of f in a step."""
+        """S, the new calls of f in a step."""
         return len(self.a)
+
+    def matrix(self) -> np.ndarray:
+        """The rows of a padded with zeros, (S, S + 1)."""
+        width = self.stages + 1
+        return np.asarray([(*row, *(0.0,) * (width - len(row))) for row in self.a])
 
 
 DORMAND_PRINCE = Tableau(  # 5(4) with seven stages, [1]
@@ -173,13 +179,13 @@ def integrate(
     batch = batch_size(y)
     dtype = jnp.result_type(*jax.tree.leaves(y))
     t, t1 = (jnp.broadcast_to(jnp.asarray(a, dtype), (batch,)) for a in (t0, t1))
-    slope = field(t, y)
+    slope, h = _start(field, y, t, t1, tableau, controller)
     zero = jnp.zeros((batch,), jnp.int32)
     start = _Carry(
         t=t,
         y=y,
         slope=slope,
-        h=_first_step(field, y, slope, t, t1, tableau, controller),
+        h=h,
         error=jnp.ones((batch,), dtype),
         after_rejection=zero.astype(bool),
         accepted=zero,
@@ -208,7 +214,7 @@ def _attempt(
     h = jnp.where(last, remaining, carry.h)
     t_next = jnp.where(last, t1, t + h)  # exact landing
     y_next, stages = _stages(field, t, t_next, y, carry.slope, h, tableau)
-    e = combine(*((w * h, k) for w, k in zip(tableau.e, stages, strict=True) if w))
+    e = _weighted(np.asarray(tableau.e), h, stages)
     error = controller.error(e, y, y_next).astype(h.dtype)
 
     accept = running & (error <= 1)
@@ -226,7 +232,7 @@ def _attempt(
     return _Carry(
         t=t,
         y=select(y_next, y),
-        slope=select(stages[-1], carry.slope),
+        slope=select(jax.tree.map(lambda k: k[-1], stages), carry.slope),
         h=h_next,
         error=jnp.where(accept, error, carry.error),
         after_rejection=jnp.where(running, reject, carry.after_rejection),
@@ -244,44 +250,73 @@ def _stages(
     slope: PyTree,
     h: Array,
     tableau: Tableau,
-) -> tuple[PyTree, list[PyTree]]:
-    """y+ and k_1 ... of eq. (1); the argument of the last stage is y+."""
-    one, stages, ahead = jnp.ones_like(h), [slope], y
-    for row, c in zip(tableau.a, tableau.c, strict=True):
-        terms = ((a * h, k) for a, k in zip(row, stages, strict=True) if a)
-        ahead = combine((one, y), *terms)
-        stages.append(field(t_next if c == 1.0 else t + c * h, ahead))
-    return ahead, stages
+) -> tuple[PyTree, PyTree]:
+    """y+, and k_0 ... k_S of eq. (1) along a new leading axis.
+
+    A scan, so that a program holds one copy of f and not one a stage: compiling a network and its
+    derivative is what a solve waits for first.
+    """
+    rows, nodes = jnp.asarray(tableau.matrix(), h.dtype), jnp.asarray(tableau.c, h.dtype)
+    stages = jax.tree.map(
+        lambda k: jnp.zeros((tableau.stages + 1, *k.shape), k.dtype).at[0].set(k), slope
+    )
+
+    def stage(carry, i):
+        stages, _ = carry
+        ahead = jax.tree.map(jnp.add, y, _weighted(rows[i], h, stages))
+        k = field(jnp.where(nodes[i] == 1, t_next, t + nodes[i] * h), ahead)
+        return (jax.tree.map(lambda s, k: s.at[i + 1].set(k), stages, k), ahead), None
+
+    (stages, y_next), _ = jax.lax.scan(stage, (stages, y), jnp.arange(tableau.stages))
+    return y_next, stages
 
 
-def _first_step(
+def _weighted(weights: Array | np.ndarray, h: Array, stages: PyTree) -> PyTree:
+    """h sum_i w_i k_i, like y. weights: (S + 1,). h: (B,). stages: (S + 1, B, ...)."""
+    factors = jnp.asarray(weights, h.dtype)[:, None] * h[None]
+
+    def add(k):
+        aligned = factors.astype(k.dtype).reshape(factors.shape + (1,) * (k.ndim - 2))
+        return jnp.sum(aligned * k, axis=0)
+
+    return jax.tree.map(add, stages)
+
+
+def _start(
     field: VectorField,
     y: PyTree,
-    slope: PyTree,
     t0: Array,
     t1: Array,
     tableau: Tableau,
     controller: PIController,
-) -> Array:
-    """The signed first step, (B,), after Hairer, Norsett and Wanner [2]: one more call."""
+) -> tuple[PyTree, Array]:
+    """f(t0, y), and the signed first step (B,) after Hairer, Norsett and Wanner [2]: two calls."""
+    span = t1 - t0
 
     def size(tree):
         return controller.error(tree, y, y).astype(t0.dtype)
 
-    span = t1 - t0
-    d0, d1 = size(y), size(slope)
-    small = (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = jnp.where(small, 1e-6, 0.01 * d0 / jnp.where(small, 1.0, d1))
-    h0 = jnp.minimum(h0, jnp.abs(span))
-    forward = jnp.sign(span) * h0
-    second = field(t0 + forward, combine((jnp.ones_like(h0), y), (forward, slope)))
-    change = jax.tree.map(jnp.subtract, second, slope)
-    d2 = size(change) / jnp.where(h0 > 0, h0, 1.0)
-    largest = jnp.maximum(d1, d2)
+    def trial(slope):
+        """A small step by which f should change a little."""
+        d0, d1 = size(y), size(slope)
+        small = (d0 < 1e-5) | (d1 < 1e-5)
+        h0 = jnp.where(small, 1e-6, 0.01 * d0 / jnp.where(small, 1.0, d1))
+        return jnp.minimum(h0, jnp.abs(span))
+
+    def call(point, _):
+        slope = field(*point)
+        h = jnp.sign(span) * trial(slope)
+        return (t0 + h, combine((jnp.ones_like(h), y), (h, slope))), slope
+
+    _, slopes = jax.lax.scan(call, (t0, y), length=2)  # one copy of f, as in `_stages`
+    first, second = (jax.tree.map(lambda k, i=i: k[i], slopes) for i in (0, 1))
+    h0 = trial(first)
+    d2 = size(jax.tree.map(jnp.subtract, second, first)) / jnp.where(h0 > 0, h0, 1.0)
+    largest = jnp.maximum(size(first), d2)
     flat = largest <= 1e-15
     h1 = (0.01 / jnp.where(flat, 1.0, largest)) ** (1 / tableau.order)
     h1 = jnp.where(flat, jnp.maximum(1e-6, h0 * 1e-3), h1)
-    return jnp.sign(span) * jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(span))
+    return first, jnp.sign(span) * jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(span))
 
 
 def _largest_rms(tree: PyTree) -> Array:

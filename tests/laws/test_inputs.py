@@ -170,7 +170,7 @@ BAD = {
     "eps without signal": (
         lambda: solve(process=RectifiedFlow(), denoise=eps_net(RectifiedFlow())),
         ValueError,
-        "kind Eps does not determine x0 at t = 1",
+        "kind Eps does not determine x0 and eps at t = 1",
     ),
     "steps": (lambda: solve(n_steps=3), ValueError, r"n_steps must lie in \[1, 2\]; got 3"),
 }

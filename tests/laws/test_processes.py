@@ -116,12 +116,13 @@ def test_the_log_snr_falls_and_inverts(member, x64):
     the_log_snr_falls_and_inverts(member.process, member.low, member.high)
 
 
-@pytest.mark.parametrize("member", SCALAR, ids=members.ids)
+INVERTED = [m for m in SCALAR if hasattr(m.process, "inverse_log_snr")]
+
+
+@pytest.mark.parametrize("member", INVERTED, ids=members.ids)
 def test_both_inverses_carry_the_derivative_of_the_constants(member, x64):
     # The bisection holds its point constant and corrects it once: the closed form is the truth.
     process = canonical(member.process)
-    if not hasattr(process, "inverse_log_snr"):
-        pytest.skip("no closed form to compare with")
     t = jnp.linspace(member.low, member.high, 5)[1:-1]
     lam = jax.lax.stop_gradient(calculus.log_snr(process, t))
     gradients = [

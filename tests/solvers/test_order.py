@@ -174,3 +174,12 @@ def test_round_trip(name, case, order):
         assert median_error(encoded, x) > 0.1  # it went somewhere
         gaps.append(median_error(solve(encoded, padded(times, STEPS[2]), n), x))
     assert abs(order_of_convergence(STEPS[:3], gaps) - order) < 0.2
+
+
+def test_the_fit_itself():
+    """An exact power law gives its exponent; an error of zero has no order."""
+    assert order_of_convergence((4, 8, 32), [3.0 * n**-1.7 for n in (4, 8, 32)]) == pytest.approx(
+        1.7
+    )
+    with pytest.raises(ValueError, match="positive and finite"):
+        order_of_convergence((4, 8), [1.0, 0.0])
