@@ -43,7 +43,7 @@ def base() -> ConfigDict:
                 "snapshot_sampling": True,
             },
             "sampling": {},
-            "eval": {"batch_size": 1024, "num_samples": 50_000},
+            "eval": {"batch_size": 1024, "num_samples": 50_000, "tolerance": 1e-5},
             "data": {},
         }
     )

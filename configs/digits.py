@@ -55,7 +55,7 @@ def get_config(mode: str = "full"):
         "solver": {"name": "ancestral"},
         "final": "to_end",
     }
-    config.eval.update({"batch_size": 512, "num_samples": 500})
+    config.eval.update({"batch_size": 512, "num_samples": 500, "tolerance": 1e-3})
     config.data = {
         "name": "digits",
         "train_split": "train",

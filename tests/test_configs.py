@@ -36,6 +36,7 @@ COMMON = {
     "training.snapshot_sampling": True,
     "eval.batch_size": 1024,
     "eval.num_samples": 50_000,
+    "eval.tolerance": 1e-5,  # rtol and atol of the likelihood's ODE
     "model.name": "ncsnpp",
     "model.nf": 128,
     "model.ch_mult": [1, 2, 2, 2],

@@ -69,7 +69,7 @@ def _evaluate(argv: Sequence[str]) -> int:
 DESCRIPTIONS = {
     "loss": ["{mean:.4f} +- {standard_error:.4f} over {images} held-out images"],
     "bpd": [
-        "{mean:.3f} +- {standard_error:.3f} bits/dim of {images} held-out images ({nfe:.0f} calls)",
+        "{mean:.3f} +- {standard_error:.3f} bits/dim of {images} held-out images",
         "beside {uniform:.3f} = log2({levels}) and {histogram:.3f} of a histogram for each pixel",
     ],
     "bound": ["{mean:.3f} +- {standard_error:.3f} bits/dim at most, over {images} held-out images"],

@@ -4,6 +4,7 @@ Symbols: c is a coefficient, () or (B,), or shaped like one sample; leaf is an a
 batch axis B. Sums and norms are per sample.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,9 @@ def expand(c: ArrayLike, leaf: Array) -> Array:
     `expand(c, leaf) * leaf` never depends on NumPy's alignment from the right.
     """
     c = jnp.asarray(c).astype(leaf.dtype)
-    if c.ndim == 0 or c.ndim == leaf.ndim:
+    if c.ndim == 0:
+        return c
+    if c.ndim == leaf.ndim and all(n in (1, m) for n, m in zip(c.shape, leaf.shape, strict=True)):
         return c
     if c.ndim == 1 and c.shape[0] == leaf.shape[0]:
         return c.reshape(c.shape + (1,) * (leaf.ndim - 1))
@@ -61,12 +64,13 @@ def safe_sqrt(x: Array) -> Array:
 
 def sum_per_sample(tree: PyTree) -> Array:
     """The sum of all elements of each sample, (B,); accumulated in at least float32."""
-    return sum(
+    totals = [
         jnp.sum(
             leaf.reshape(leaf.shape[0], -1), axis=1, dtype=jnp.promote_types(leaf.dtype, "float32")
         )
         for leaf in jax.tree.leaves(tree)
-    )
+    ]
+    return functools.reduce(jnp.add, totals)
 
 
 def norm_per_sample(tree: PyTree) -> Array:

@@ -47,6 +47,12 @@ def wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def check_dtype(dtype: Dtype) -> None:
+    """Raises ValueError unless `dtype` is a real floating type."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating type such as jnp.bfloat16; got {dtype}.")
+
+
 def per_sample(name: str, value: Array, shape: tuple[int, ...]) -> Array:
     """Broadcasts a scalar to one value a sample; raises ValueError for any other mismatch."""
     value = jnp.asarray(value)

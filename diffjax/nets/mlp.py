@@ -18,6 +18,7 @@ from diffjax.nets.embed import (
     Activation,
     Dtype,
     EmbeddingType,
+    check_dtype,
     default_init,
     embed_label,
     per_sample,
@@ -53,6 +54,7 @@ class MLP(nn.Module):
         checks.one_of("embedding_type", self.embedding_type, ("fourier", "positional"))
         checks.positive("fourier_scale", self.fourier_scale)
         checks.non_negative("init_scale", self.init_scale)
+        check_dtype(self.dtype)
         for name in ("out_features", "num_classes"):
             if getattr(self, name) is not None:
                 checks.at_least(name, getattr(self, name), 1)

@@ -42,7 +42,15 @@ from diffjax.nets.blocks import (
     conv3x3,
     join,
 )
-from diffjax.nets.embed import Activation, Dtype, EmbeddingType, embed_label, per_sample, wide
+from diffjax.nets.embed import (
+    Activation,
+    Dtype,
+    EmbeddingType,
+    check_dtype,
+    embed_label,
+    per_sample,
+    wide,
+)
 from diffjax.nets.recompute import recompute
 
 Block = Callable[..., Array]
@@ -333,6 +341,7 @@ def _check_options(net: NCSNpp) -> None:
     checks.one_of("progressive_combine", net.progressive_combine, ("sum", "cat"))
     checks.one_of("embedding_type", net.embedding_type, ("fourier", "positional"))
     resample.normalised(net.fir_kernel)
+    check_dtype(net.dtype)
     for name in ("out_channels", "num_classes"):
         if getattr(net, name) is not None:
             checks.at_least(name, getattr(net, name), 1)

@@ -18,8 +18,9 @@ deviation; ' is d/dt.
 with q = sqrt(sigma^2 + alpha^2 s_d^2). Training uses (2) forwards (`target`); sampling solves (1)
 and (2) for (x0, eps) (`decode`). A zero in a row is the Python number 0.0: such a triangular system
 is solved by substitution, so eps and x0 hand back their own half and nothing is divided by a
-vanishing sigma or alpha on its account. v, velocity and F have a limit at both ends; eps has none
-where alpha = 0, and x0's eps has none where sigma = 0.
+vanishing sigma or alpha on its account. v and F have a limit at both ends, velocity where alpha'
+and sigma' are finite (sigma' is not at t = 0 of a variance-preserving process); eps has none where
+alpha = 0, x0 none where sigma = 0, and score none at either.
 
 (3) is EDM's D = c_skip x + c_out F in the coordinates x_t/alpha, sigma/alpha, solved for F: a
 scaled rotation, as v is; with s_d = 1 on a variance-preserving process F = -v.

@@ -71,8 +71,8 @@ class Denoiser:
             t = known.reshape(-1)[bad.reshape(-1).argmax()]
             raise ValueError(
                 f"A network of kind {type(self.kind).__name__} does not determine x0 and eps at "
-                f"t = {t}, where its row is parallel to x_t's or has no limit. Use kind 'v', "
-                "'velocity' or 'F', or a grid that starts inside (t_max=...)."
+                f"t = {t}, where its row is parallel to x_t's or has no limit. Use kind 'v' "
+                "or 'F', or a grid that starts inside (t_max=...)."
             )
 
 

@@ -76,7 +76,7 @@ def multi_step(state: TrainState, batches: PyTree, **step: Any) -> tuple[TrainSt
     step: the keyword arguments of `train_step`. On a CPU take n = 1: XLA's fast form of the
     gradients of convolutions is for code outside of loops, and inside it is some 30 times slower.
     """
-    run = functools.partial(train_step, **step)
+    run: StepFn = functools.partial(train_step, **step)
     if jax.tree.leaves(batches)[0].shape[0] > 1:
         return jax.lax.scan(run, state, batches)
     state, metrics = run(state, jax.tree.map(lambda leaf: leaf[0], batches))

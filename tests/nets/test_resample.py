@@ -83,7 +83,9 @@ def test_no_convolution_stands_behind_the_filter():
     x = jnp.ones((1, 8, 8, 4))
 
     def round_trip(x):
-        return jnp.sum(resample.fir_downsample(resample.fir_upsample(x, (1, 3, 3, 1)), (1, 3, 3, 1)))
+        return jnp.sum(
+            resample.fir_downsample(resample.fir_upsample(x, (1, 3, 3, 1)), (1, 3, 3, 1))
+        )
 
     assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(round_trip))(x))
 

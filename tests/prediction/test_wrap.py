@@ -156,7 +156,7 @@ def test_a_prediction_is_a_tree():
     # What a denoiser returns must pass `jit`, `scan` and `cond`, without extras too.
     denoise = make_denoiser(lambda x, t: x, VP(), kind="eps")
     found = jax.jit(lambda x: denoise(x, T))(X)
-    np.testing.assert_allclose(found.x0, denoise(X, T).x0, rtol=1e-6)
+    np.testing.assert_allclose(found.x0, denoise(X, T).x0, rtol=1e-4)
     assert dict(found.extras) == {}
 
 
@@ -174,7 +174,7 @@ def test_times_at_which_the_output_is_not_enough(kind, process, times):
     with pytest.raises(ValueError, match=rf"does not determine x0 and eps at t = {times[0]}"):
         denoise.check_times(jnp.asarray(times))
     denoise.check_times(jnp.asarray(times[1:]))
-    for enough in ("v", "velocity", "F"):
+    for enough in ("v", "F"):
         make_denoiser(lambda x, t: x, process, kind=enough).check_times(jnp.asarray(times))
     jax.jit(denoise.check_times)(jnp.asarray(times))  # tracers pass
 
@@ -207,7 +207,8 @@ class Nnx(nnx.Module):
 
 def by_hand(kernel, bias):
     """x0 of an eps network with these weights under VP at T, in NumPy."""
-    eps = np.concatenate([X, np.full((4, 1), 0.5)], axis=1) @ kernel + bias
+    eps = np.concatenate([X, np.full((4, 1), 0.5)], axis=1) @ np.asarray(kernel)
+    eps = eps + np.asarray(bias)
     alpha, _, sigma = (float(c) for c in VP().coeffs(T))
     return (np.asarray(X) - sigma * eps) / alpha
 
