@@ -257,16 +257,20 @@ def build_source(config: Any, split: str) -> Any:
     """
     from diffjax import data
 
-    families: dict[str, Callable[..., Any]] = {
-        "digits": data.digits_source,
-        "tfds": lambda dataset, split, **kw: data.tfds_source(dataset, split, **kw),
-        "npz": lambda split, train_path, eval_path, **kw: data.array_source(
-            train_path if split == config.data.train_split else eval_path, **kw
-        ),
-        "folder": lambda split, train_path, eval_path, **kw: data.folder_source(
-            train_path if split == config.data.train_split else eval_path, **kw
-        ),
-    }
+    levels = config.data.levels
+
+    def tfds(dataset: str, split: str, **options: Any) -> Any:
+        return data.tfds_source(dataset, split, levels=levels, **options)
+
+    def npz(train_path: str, eval_path: str, split: str) -> Any:
+        path = train_path if split == config.data.train_split else eval_path
+        return data.array_source(path, levels=levels)
+
+    def folder(train_path: str, eval_path: str, split: str, **options: Any) -> Any:
+        path = train_path if split == config.data.train_split else eval_path
+        return data.folder_source(path, **options)
+
+    families = {"digits": data.digits_source, "tfds": tfds, "npz": npz, "folder": folder}
     chosen = {"train": config.data.train_split, "eval": config.data.eval_split}[split]
     section = {k: v for k, v in dict(config.data).items() if k not in _PREPROCESSING}
     source = make(families, section, "data", split=chosen)

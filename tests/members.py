@@ -124,7 +124,8 @@ class SolverMember(NamedTuple):
 
     order: the global order on the probability flow; weak_order: that of a stochastic method in
     distribution. rates: needs a finite g^2 at the first time. scalar: needs coefficients of t's
-    shape. coupled: samples depend on their neighbours, by its own declaration.
+    shape. coupled: samples depend on their neighbours, by its own declaration. edges: the solver
+    with other numbers, at which a careless root or quotient breaks.
     """
 
     name: str
@@ -134,18 +135,24 @@ class SolverMember(NamedTuple):
     rates: bool = False
     scalar: bool = False
     coupled: bool = False
+    edges: tuple[Any, ...] = ()
 
 
 SOLVERS = [
     SolverMember("euler", Euler(), order=1),
     SolverMember("heun", Heun(), order=2),
     SolverMember("ddim", DDIM(), order=1),
-    SolverMember("ddim_eta", DDIM(eta=0.5), weak_order=1),
+    SolverMember("ddim_eta", DDIM(eta=0.5), weak_order=1, edges=(DDIM(eta=0.0), DDIM(eta=1.0))),
     SolverMember("ancestral_small", Ancestral("small"), weak_order=1),
     SolverMember("ancestral_large", Ancestral("large"), weak_order=1),
     SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1),
     SolverMember("euler_maruyama", EulerMaruyama(), weak_order=1, rates=True),
-    SolverMember("churn", EDMChurn(Heun(), s_churn=1.0, n_steps=float(N)), scalar=True),
+    SolverMember(
+        "churn",
+        EDMChurn(Heun(), s_churn=1.0, n_steps=float(N)),
+        scalar=True,
+        edges=(EDMChurn(Heun(), s_churn=0.0, n_steps=float(N)),),
+    ),
     SolverMember(
         "predictor_corrector",
         PredictorCorrector(ReverseDiffusion(), Langevin(0.1)),

@@ -66,7 +66,7 @@ def test_every_solver_and_grid_can_be_named():
         plan = builders.build_sampling(config, dj.VP(), solver=name, steps=7)
         assert plan.times.shape == (8,)
     for name in builders.GRIDS:
-        config.sampling.grid.name = name
+        config.sampling.grid = {"name": name}
         assert builders.build_sampling(config, dj.VP()).times[-1] == 0
 
 
@@ -79,3 +79,79 @@ def test_the_configs_own_solver_keeps_its_options_by_name():
     config = load_config("ve/cifar10_ncsnpp_continuous")
     own = builders.build_sampling(config, dj.VE(), solver="pc").solver
     assert own.corrector.snr == config.sampling.solver.snr
+
+
+def small(**model):
+    config = load_config("digits:quick").unlock()
+    config.model.update(model)
+    return config
+
+
+def test_a_class_conditional_model_uses_its_labels():
+    config = small(num_classes=10)
+    parts = builders.build_parts(config)
+    assert parts.num_classes == 10
+    params = jax.jit(parts.init_params)(jax.random.key(0))
+    # At the start the last layers are all but zero: give them weight.
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    x, t = jnp.ones((2, 8, 8, 1)), jnp.asarray(0.5)
+    call = jax.jit(lambda denoise: denoise(x, t).x0)
+    zero, mixed = (call(parts.denoiser(params, jnp.asarray(c))) for c in ([0, 0], [0, 7]))
+    assert jnp.array_equal(zero[0], zero[1])
+    assert jnp.allclose(mixed[0], zero[0])
+    assert not jnp.allclose(mixed[0], mixed[1])
+    loss_fn = builders.build_loss(config, parts, train=True)
+    batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.arange(4)}
+    losses, _ = jax.jit(loss_fn)(params, jax.random.key(1), batch)
+    same, _ = jax.jit(loss_fn)(params, jax.random.key(1), batch | {"label": jnp.zeros(4, int)})
+    assert jnp.allclose(losses[0], same[0])
+    assert not jnp.allclose(losses[1:], same[1:])
+
+
+def test_dropout_and_flips_act_in_training_only():
+    config = small(dropout=0.5)
+    config.data.random_flip = True
+    config.data.uniform_dequantization = False
+    parts = builders.build_parts(config)
+    params = jax.jit(parts.init_params)(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    images = jnp.zeros((4, 8, 8, 1), jnp.uint8).at[:, :, :4].set(16)
+    mirrored = images[:, :, ::-1]
+    key = jax.random.key(1)
+    training, scoring = (builders.build_loss(config, parts, train=t) for t in (True, False))
+    whole = small(dropout=0.0)
+    whole.data = config.data
+    plain_loss = builders.build_loss(whole, builders.build_parts(whole), train=False)
+    score = scoring(params, key, {"image": images})[0]
+    assert jnp.array_equal(score, plain_loss(params, key, {"image": images})[0])
+    assert not jnp.allclose(training(params, key, {"image": images})[0], score)
+    assert not jnp.allclose(score, scoring(params, key, {"image": mirrored})[0])
+
+
+def test_sources_by_config(tmp_path):
+    import numpy as np
+
+    images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8, 1) % 17
+    for split in ("train", "eval"):
+        np.savez(tmp_path / f"{split}.npz", images=images if split == "train" else images[:2])
+    config = small()
+    config.data.name = "npz"
+    config.data.train_path = str(tmp_path / "train.npz")
+    config.data.eval_path = str(tmp_path / "eval.npz")
+    assert len(builders.build_source(config, "train")) == 3
+    assert len(builders.build_source(config, "eval")) == 2
+    config.data.levels = 8
+    with pytest.raises(BuildError, match="must lie below its 8 levels; got 16"):
+        builders.build_source(config, "train")
+    config.data.trainpath = "typo"
+    with pytest.raises(BuildError, match="Did you mean 'train_path'"):
+        builders.build_source(config, "train")
+
+
+def test_images_of_another_size_are_refused(digits_dir):
+    config = small()
+    assert len(builders.build_source(config, "train")) == 1437
+    assert len(builders.build_source(config, "eval")) == 360
+    config.data.image_size = 16
+    with pytest.raises(BuildError, match=r"shape \(16, 16, 1\).*has \(8, 8, 1\)"):
+        builders.build_source(config, "train")

@@ -12,7 +12,7 @@ from diffjax.solvers import sample
 from tests import members
 from tests.laws import cases, mutants
 
-# Every solver with one process; a process draws nothing, so the others add nothing here.
+# Every solver with one process; what the others do in a batch is in test_processes.py.
 WITH_VP = members.PAIRS[: len(members.SOLVERS)]
 ALONE = [pair for pair in WITH_VP if not pair.solver_member.coupled]
 COUPLED = [pair for pair in WITH_VP if pair.solver_member.coupled]
@@ -80,7 +80,7 @@ def test_a_mesh_changes_nothing(pair):
     a_mesh_changes_nothing(pair)
 
 
-@pytest.mark.parametrize("pair", members.PAIRS, ids=members.ids)
+@pytest.mark.parametrize("pair", WITH_VP, ids=members.ids)
 def test_vmap_is_a_loop(pair):
     vmap_is_a_loop(pair)
 

@@ -150,6 +150,8 @@ class Network:
         return conv(h, p["kernel"]) + p["bias"]
 
     def embed(self, label, cond):
+        if not self.conditional:
+            return None
         if self.embedding_type == "fourier":
             w = self.params["GaussianFourierProjection_0"]["W"]
             phase = 2 * np.pi * np.log(label)[:, None] * w
@@ -157,8 +159,6 @@ class Network:
             half = self.nf // 2
             phase = label[:, None] * 10000.0 ** (-np.arange(half) / (half - 1))
         e = np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
-        if not self.conditional:
-            return None
         for i in range(2):
             p = self.take("Dense")
             e = (self.act(e) if i else e) @ p["kernel"] + p["bias"]

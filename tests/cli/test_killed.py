@@ -1,0 +1,82 @@
+"""`diffjax train` as a process of its own: killed, terminated, and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import diffjax as dj
+from diffjax.train.telemetry import read_jsonl
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    "--config=digits:quick",
+    "--noprogress",
+    "--config.training.n_iters=3000",
+    "--config.training.snapshot_freq_for_preemption=50",
+    "--config.training.snapshot_freq=1000",
+    "--config.training.eval_freq=500",
+]
+
+
+def start(workdir):
+    environment = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "diffjax", "train", f"--workdir={workdir}", *FLAGS]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir, step, process):
+    """Returns once the metrics show `step`."""
+    for _ in range(3000):
+        rows = read_jsonl(workdir / "metrics.jsonl") if workdir.exists() else []
+        if rows and rows[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, digits_dir, compilation_cache):
+    workdir = tmp_path_factory.mktemp("whole")
+    process = start(workdir)
+    assert process.wait(timeout=900) == 0, process.stderr.read()
+    return workdir
+
+
+def equal_runs(a, b):
+    jax.tree.map(np.testing.assert_array_equal, dj.load(a).params, dj.load(b).params)
+    assert dj.load(a).step == 3000
+    losses = [[(r["step"], r["loss"]) for r in read_jsonl(d / "metrics.jsonl")] for d in (a, b)]
+    assert losses[0] == losses[1]
+
+
+def test_killed_at_random_steps_ends_at_the_same_weights(uninterrupted, tmp_path):
+    rng = np.random.default_rng()
+    for low, high in ((50, 900), (900, 1800), (1800, 2700)):
+        process = start(tmp_path)
+        wait_for_step(tmp_path, int(rng.integers(low, high)), process)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(tmp_path)
+    assert process.wait(timeout=900) == 0, process.stderr.read()
+    equal_runs(uninterrupted, tmp_path)
+
+
+def test_terminated_saves_before_leaving(uninterrupted, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 300, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 3
+    stopped = dj.load(tmp_path).step
+    assert stopped >= 300
+    process = start(tmp_path)
+    assert process.wait(timeout=900) == 0, process.stderr.read()
+    equal_runs(uninterrupted, tmp_path)
