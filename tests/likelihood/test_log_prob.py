@@ -35,22 +35,21 @@ class Terminal:
         return self.oracle.log_prob(self.process, x, self.process.t_max)
 
 
-def with_terminal(key, oracle, process, x, divergence, controller):
-    """ln p_{t_min}(x) with the exact prior, jitted, and the truth."""
+def law(key, oracle, process, x, divergence, controller):
+    """ln p_{t_min}(x) with the exact prior, and the truth."""
+    got = log_prob(
+        key,
+        oracle.denoiser(process),
+        process,
+        x,
+        divergence=divergence,
+        controller=controller,
+        prior=Terminal(oracle, process),
+    )
+    return got, oracle.log_prob(process, x, process.t_min)
 
-    def run(key, oracle, process, x, divergence, controller):
-        got = log_prob(
-            key,
-            oracle.denoiser(process),
-            process,
-            x,
-            divergence=divergence,
-            controller=controller,
-            prior=Terminal(oracle, process),
-        )
-        return got, oracle.log_prob(process, x, process.t_min)
 
-    return jax.jit(run)(key, oracle, process, x, divergence, controller)
+with_terminal = jax.jit(law)
 
 
 def points(oracle, dtype):
@@ -95,7 +94,8 @@ def test_mutants(x64, key, monkeypatch, wrong):
         )
     oracle = gaussian(2, dtype=jnp.float64)
     x = points(oracle, jnp.float64)
-    got, want = with_terminal(key, oracle, VP(), x, ExactDivergence(), PIController())
+    retraced = jax.jit(lambda *args: law(*args))
+    got, want = retraced(key, oracle, VP(), x, ExactDivergence(), PIController())
     assert np.abs(got.value - want).min() > 0.1
 
 
@@ -136,21 +136,11 @@ def test_a_diagonal_jacobian_costs_rademacher_nothing(x64):
     exact, want = with_terminal(
         jax.random.key(0), oracle, process, x, ExactDivergence(), PIController(1e-7, 1e-7)
     )
-    for seed in range(2):
+    for seed in range(3):
         got, _ = with_terminal(
             jax.random.key(seed), oracle, process, x, Hutchinson(), PIController(1e-7, 1e-7)
         )
         np.testing.assert_allclose(got.value, exact.value, rtol=0, atol=1e-8)
-
-
-def estimates(draw, n_probes=1, n=6000):
-    """ln p of one point of the mixture from n independent probes, and the truth."""
-    oracle, process = mixture(2), VP()
-    x = jnp.broadcast_to(jnp.asarray([[0.15, 0.45]]), (n, 2))
-    got, want = with_terminal(
-        jax.random.key(7), oracle, process, x, Hutchinson(draw, n_probes), PIController(1e-4, 1e-4)
-    )
-    return np.asarray(got.value, np.float64), float(want[0])
 
 
 def scaled_signs(keys, name, x):
@@ -158,22 +148,32 @@ def scaled_signs(keys, name, x):
     return 1.03 * rademacher_like(keys, name, x)
 
 
-def check_unbiased(draw, n_probes=1):
-    """n = 6,000: the mean is within 4 standard errors; the smallest bias rejected is 0.13 nats."""
-    values, want = estimates(draw, n_probes)
-    error = values.std() / np.sqrt(values.size)
-    assert abs(values.mean() - want) < 4 * error + 2e-3 < 0.13
+def check_unbiased(draw, n_probes, resolution):
+    """ln p of one point of the mixture from 3,000 independent solves: the mean is the truth.
+
+    Within 4 standard errors and 2e-3 for the solver, in all below `resolution` nats. Returns the
+    variance.
+    """
+    x = jnp.broadcast_to(jnp.asarray([[0.15, 0.45]]), (3000, 2))
+    got, want = with_terminal(
+        jax.random.key(7), mixture(2), VP(), x, Hutchinson(draw, n_probes), PIController(1e-4, 1e-4)
+    )
+    values = np.asarray(got.value, np.float64)
+    margin = 4 * values.std() / np.sqrt(values.size) + 2e-3
+    assert abs(values.mean() - want[0]) < margin < resolution
     return values.var()
 
 
 def test_hutchinson_is_unbiased_and_rademacher_has_less_variance():
-    signs, normal = check_unbiased(rademacher_like), check_unbiased(normal_like)
+    """Eight probes resolve 0.06 nats; probes that are 3 % too large move the mean by more."""
+    signs = check_unbiased(rademacher_like, 1, 0.2)
+    normal = check_unbiased(normal_like, 1, 0.2)
+    eight = check_unbiased(rademacher_like, 8, 0.06)
     assert normal > 1.2 * signs > 0
-    four = check_unbiased(rademacher_like, n_probes=4)
     # The variance of a variance of n values is about 2/n for light tails; 25 % allows for more.
-    np.testing.assert_allclose(four, signs / 4, rtol=0.25)
+    np.testing.assert_allclose(eight, signs / 8, rtol=0.25)
     with pytest.raises(AssertionError):
-        check_unbiased(scaled_signs)
+        check_unbiased(scaled_signs, 8, 0.06)
 
 
 @pytest.mark.parametrize("draw", [rademacher_like, normal_like])
@@ -189,33 +189,36 @@ def test_variance_of_one_evaluation(draw, rng):
     np.testing.assert_allclose(terms.var(), want, rtol=0.1)
 
 
-def test_calls_are_counted_and_share_one_vjp(key):
-    """Run-time calls: forward once an evaluation, backward once, and as many as `nfe` says."""
-    counts = {"forward": 0, "backward": 0}
+@pytest.mark.parametrize("n_probes", [1, 2])
+def test_calls_are_counted_and_shared(key, n_probes):
+    """Run-time calls: one an evaluation for drift and divergence together, as `nfe` says."""
+    calls = []
     oracle, process = mixture(2), VP()
 
-    def count(name):
-        counts[name] += 1
-
-    @jax.custom_vjp
+    @jax.custom_jvp
     def watched(x):
+        jax.debug.callback(lambda: calls.append("plain"))
         return x
 
-    def forward(x):
-        jax.debug.callback(count, "forward")
-        return x, None
+    @watched.defjvp
+    def _(primals, tangents):
+        jax.debug.callback(lambda: calls.append("with its derivative"))
+        return primals[0], tangents[0]
 
-    def backward(_, g):
-        jax.debug.callback(count, "backward")
-        return (g,)
+    def run(x):
+        denoise = oracle.denoiser(process)
+        return log_prob(
+            key,
+            lambda y, t: denoise(watched(y), t),
+            process,
+            x,
+            divergence=Hutchinson(n_probes=n_probes),
+        ).nfe
 
-    watched.defvjp(forward, backward)
-    denoise = oracle.denoiser(process)
-    x = points(oracle, jnp.float32)
-    got = jax.jit(lambda x: log_prob(key, lambda y, t: denoise(watched(y), t), process, x))(x)
-    jax.block_until_ready(got)
+    nfe = jax.jit(run)(points(oracle, jnp.float32))
     jax.effects_barrier()
-    assert counts["forward"] == counts["backward"] == int(got.nfe.max()) > 20
+    assert calls == ["with its derivative"] * int(nfe.max())
+    assert nfe.max() > 20
 
 
 def test_a_sample_does_not_feel_its_neighbours(x64):
@@ -258,11 +261,19 @@ def test_trees(x64, key):
         prediction = denoise(whole, t)
         return Prediction(split(prediction.x0), split(prediction.eps))
 
-    loose = PIController(1e-7, 1e-7)
-    want = log_prob(key, denoise, process, x, divergence=ExactDivergence(), controller=loose)
-    for divergence in (ExactDivergence(), Hutchinson()):
-        got = log_prob(key, of_tree, process, split(x), divergence=divergence, controller=loose)
-        np.testing.assert_allclose(got.value, want.value, atol=1e-5)
+    @jax.jit
+    def run(x):
+        loose = PIController(1e-7, 1e-7)
+        divergences = (ExactDivergence(), Hutchinson())
+        want = log_prob(key, denoise, process, x, divergence=ExactDivergence(), controller=loose)
+        return want.value, [
+            log_prob(key, of_tree, process, split(x), divergence=d, controller=loose).value
+            for d in divergences
+        ]
+
+    want, both = run(x)
+    for got in both:
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_bad_input_raises(key):
@@ -272,5 +283,5 @@ def test_bad_input_raises(key):
     with pytest.raises(ValueError, match="t_min must be below t_max"):
         log_prob(key, gaussian(3).denoiser(VP()), VP(), x, t_min=1.0)
     eps_net = make_denoiser(lambda x, t: x, RectifiedFlow(), kind="eps")
-    with pytest.raises(ValueError, match="does not determine x0 at t = 1"):
+    with pytest.raises(ValueError, match="does not determine x0 and eps at t = 1"):
         log_prob(key, eps_net, RectifiedFlow(), x)
