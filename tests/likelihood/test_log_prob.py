@@ -149,12 +149,12 @@ def scaled_signs(keys, name, x):
 
 
 def check_unbiased(draw, n_probes, resolution):
-    """ln p of one point of the mixture from 3,000 independent solves: the mean is the truth.
+    """ln p of one point of the mixture from 2,000 independent solves: the mean is the truth.
 
     Within 4 standard errors and 2e-3 for the solver, in all below `resolution` nats. Returns the
     variance.
     """
-    x = jnp.broadcast_to(jnp.asarray([[0.15, 0.45]]), (3000, 2))
+    x = jnp.broadcast_to(jnp.asarray([[0.8, 0.3]]), (2000, 2))
     got, want = with_terminal(
         jax.random.key(7), mixture(2), VP(), x, Hutchinson(draw, n_probes), PIController(1e-4, 1e-4)
     )
@@ -165,15 +165,15 @@ def check_unbiased(draw, n_probes, resolution):
 
 
 def test_hutchinson_is_unbiased_and_rademacher_has_less_variance():
-    """Eight probes resolve 0.06 nats; probes that are 3 % too large move the mean by more."""
-    signs = check_unbiased(rademacher_like, 1, 0.2)
+    """Smallest bias rejected: 0.04 nats; probes that are 3 % too large have 0.11."""
+    signs = check_unbiased(rademacher_like, 1, 0.04)
     normal = check_unbiased(normal_like, 1, 0.2)
-    eight = check_unbiased(rademacher_like, 8, 0.06)
-    assert normal > 1.2 * signs > 0
+    two = check_unbiased(rademacher_like, 2, 0.04)
+    assert normal > 5 * signs > 0
     # The variance of a variance of n values is about 2/n for light tails; 25 % allows for more.
-    np.testing.assert_allclose(eight, signs / 8, rtol=0.25)
+    np.testing.assert_allclose(two, signs / 2, rtol=0.25)
     with pytest.raises(AssertionError):
-        check_unbiased(scaled_signs, 8, 0.06)
+        check_unbiased(scaled_signs, 1, 0.04)
 
 
 @pytest.mark.parametrize("draw", [rademacher_like, normal_like])

@@ -12,7 +12,7 @@ import scipy.integrate
 import scipy.stats
 
 from diffjax.core.types import Coeffs, Prediction
-from diffjax.processes import EDM, VE, VP, RectifiedFlow, SubVP, calculus
+from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP, calculus
 from tests import members, oracles
 
 TRIPLES = (0.2, 0.5, 0.9)  # where s, u, t stand between low and high
@@ -82,15 +82,20 @@ def test_posterior_keeps_the_total_variance(member, x64):
     np.testing.assert_allclose(variance, np.broadcast_to(sigma_s**2, mean.shape), rtol=1e-9)
 
 
-def test_posterior_keeps_its_digits_between_close_times():
-    # Float32, steps of 1e-3 of the range: a difference of log-SNRs would lose three digits.
-    for process in (VP(), SubVP(), VE(), EDM()):
-        t = jnp.asarray(0.6, jnp.float32)
-        s = jnp.asarray(0.5994, jnp.float32)
+def test_close_times_keep_their_digits_in_float32():
+    # Steps of a thousandth of t near the data, where the log-SNR is large: 1 - r^2 inherits the
+    # rounding of r, a difference of two log-SNRs that of numbers ten times as large.
+    t = jnp.asarray(1e-3 * (1 + 0.01 * np.arange(20)), jnp.float32)
+    s = t * (1 - 1e-3)
+    for process in (VP(), SubVP(), EDM(), Cosine()):
         with jax.enable_x64(True):
-            exact = calculus.transition(process, jnp.asarray(float(t)), jnp.asarray(float(s)))[1]
-        # 1 - r inherits the rounding of t - s, 1e-4 of it, and no more.
-        np.testing.assert_allclose(calculus.transition(process, t, s)[1], exact, rtol=5e-4)
+            wide = jnp.asarray(np.asarray(t, np.float64)), jnp.asarray(np.asarray(s, np.float64))
+            exact = np.asarray(calculus.transition(process, *wide)[1])
+        found = np.asarray(calculus.transition(process, t, s)[1], np.float64)
+        assert np.abs(found / exact - 1).max() < 3.5e-4
+        gain = -np.expm1(calculus.log_snr(process, t) - calculus.log_snr(process, s))
+        by_log_snr = np.asarray(process.coeffs(t).sigma) ** 2 * gain
+        assert np.abs(by_log_snr / exact - 1).max() > 3.5e-4
 
 
 SDES = [m for m in members.PROCESSES if m.scalar and m.name != "tabulated"]
