@@ -37,12 +37,14 @@ def _train(argv: Sequence[str]) -> int:
             raise RunError("--workdir is missing: the directory of the run.")
         config = _config(name, workdir)
         overrides = [a for a in argv if a.lstrip("-").startswith(("config.", "noconfig."))]
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
-    try:
-        parsed = flags.parse(values, argv, ABOUT.format(names=", ".join(config_names())))
-    except (AttributeError, KeyError) as error:
-        raise RunError(f"There is no such field: {error}") from error
-    if not parsed:
+        try:
+            config_flags.DEFINE_config_dict(
+                "config", config, flag_values=values, sys_argv=overrides
+            )
+        except (AttributeError, KeyError) as error:
+            hint = " ".join(str(error).replace("\\n", " ").split())
+            raise RunError(f"The config has no such field: {hint}") from error
+    if not flags.parse(values, argv, ABOUT.format(names=", ".join(config_names()))):
         return 0
     flags.enable_compilation_cache()
     from diffjax.runs.train import train

@@ -2,8 +2,9 @@
 
 `jax.checkpoint` keeps XLA from merging the second computation with the first by an optimisation
 barrier. XLA removes barriers on the CPU before it looks for common subexpressions, so that there
-the two become one again and no memory is saved. Here the second computation starts from a copy of
-its input that depends on the incoming cotangent by a comparison which the compiler cannot decide.
+the two become one again: every convolution's result is kept after all. Here the second computation
+starts from a copy of its input that depends on the incoming cotangent by a comparison which the
+compiler cannot decide.
 
 Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
 https://arxiv.org/abs/1604.06174.

@@ -131,8 +131,8 @@ def read_config(workdir: str | Path) -> ConfigDict:
 def claim(workdir: str | Path, config: Any) -> None:
     """Makes the workdir this config's: writes config.json, or checks that it is the same.
 
-    Raises RunError, naming the fields, where the directory belongs to another config, and OSError
-    where it cannot be written.
+    Raises RunError, naming the fields, where the directory belongs to another config, and where it
+    cannot be written.
     """
     path = Path(workdir) / "config.json"
     wanted = plain(config)
@@ -145,4 +145,9 @@ def claim(workdir: str | Path, config: Any) -> None:
                 "out to go on with the stored one."
             )
         return
-    write_atomic(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=2) + "\n")
+    try:
+        write_atomic(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"Cannot write {workdir} ({error.strerror}); choose another workdir."
+        ) from error

@@ -232,7 +232,7 @@ def _attempt(
     return _Carry(
         t=t,
         y=select(y_next, y),
-        slope=select(jax.tree.map(lambda k: k[-1], stages), carry.slope),
+        slope=select(stages[-1], carry.slope),
         h=h_next,
         error=jnp.where(accept, error, carry.error),
         after_rejection=jnp.where(running, reject, carry.after_rejection),
@@ -250,36 +250,33 @@ def _stages(
     slope: PyTree,
     h: Array,
     tableau: Tableau,
-) -> tuple[PyTree, PyTree]:
-    """y+, and k_0 ... k_S of eq. (1) along a new leading axis.
+) -> tuple[PyTree, list[PyTree]]:
+    """y+, and k_0 ... k_S of eq. (1).
 
     A scan, so that a program holds one copy of f and not one a stage: compiling a network and its
-    derivative is what a solve waits for first.
+    derivative is what a solve waits for first. The stages are apart in the carry, as sums over
+    them then run as one pass over memory.
     """
     rows, nodes = jnp.asarray(tableau.matrix(), h.dtype), jnp.asarray(tableau.c, h.dtype)
-    stages = jax.tree.map(
-        lambda k: jnp.zeros((tableau.stages + 1, *k.shape), k.dtype).at[0].set(k), slope
-    )
+    later = [jax.tree.map(jnp.zeros_like, slope)] * tableau.stages
 
     def stage(carry, i):
-        stages, _ = carry
-        ahead = jax.tree.map(jnp.add, y, _weighted(rows[i], h, stages))
+        later, _ = carry
+        ahead = jax.tree.map(jnp.add, y, _weighted(rows[i], h, [slope, *later]))
         k = field(jnp.where(nodes[i] == 1, t_next, t + nodes[i] * h), ahead)
-        return (jax.tree.map(lambda s, k: s.at[i + 1].set(k), stages, k), ahead), None
+        later = [
+            jax.tree.map(lambda new, old, j=j: jnp.where(i == j, new, old), k, old)
+            for j, old in enumerate(later)
+        ]
+        return (later, ahead), None
 
-    (stages, y_next), _ = jax.lax.scan(stage, (stages, y), jnp.arange(tableau.stages))
-    return y_next, stages
+    (later, y_next), _ = jax.lax.scan(stage, (later, y), jnp.arange(tableau.stages))
+    return y_next, [slope, *later]
 
 
-def _weighted(weights: Array | np.ndarray, h: Array, stages: PyTree) -> PyTree:
-    """h sum_i w_i k_i, like y. weights: (S + 1,). h: (B,). stages: (S + 1, B, ...)."""
-    factors = jnp.asarray(weights, h.dtype)[:, None] * h[None]
-
-    def add(k):
-        aligned = factors.astype(k.dtype).reshape(factors.shape + (1,) * (k.ndim - 2))
-        return jnp.sum(aligned * k, axis=0)
-
-    return jax.tree.map(add, stages)
+def _weighted(weights: Array | np.ndarray, h: Array, stages: list[PyTree]) -> PyTree:
+    """h sum_i w_i k_i, like y. weights: (S + 1,). h: (B,)."""
+    return combine(*((w * h, k) for w, k in zip(weights, stages, strict=True)))
 
 
 def _start(

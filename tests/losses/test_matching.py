@@ -1,5 +1,7 @@
 """Denoising score matching against closed forms on Gaussian data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,31 @@ def exact_loss(on_eps, data, contrary):
     return total / (HIGH - LOW)
 
 
+@functools.cache
+def monte_carlo(process, contrary):
+    """The losses of N samples under every weighting, from one program."""
+    data = gaussian(3)
+    denoise = Contrary() if contrary else data.denoiser(VP())
+
+    @jax.jit
+    def losses(key, x0):
+        # The second sampler estimates the same mean, with lighter tails under the last three.
+        heavy = ("likelihood", "sigmoid", "velocity")
+        return {
+            name: denoising_score_matching(
+                key,
+                denoise,
+                process,
+                x0,
+                times=(ImportanceTimes if name in heavy else UniformTimes)(LOW, HIGH),
+                weight=weight,
+            )[0]
+            for name, (weight, _) in WEIGHTS.items()
+        }
+
+    return losses(jax.random.key(2), data.draw(jax.random.key(1), N))
+
+
 def check_weight(name, process, contrary):
     """The Monte Carlo loss is within 4 standard errors, which are below 5 % of it.
 
@@ -83,31 +110,24 @@ def check_weight(name, process, contrary):
     scale that is 3 % off moves the contrary denoiser's loss by 3 to 6 %, which is rejected where
     the standard error is smallest.
     """
-    weight, on_eps = WEIGHTS[name]
-    data = gaussian(3)
-    denoise = Contrary() if contrary else data.denoiser(VP())
-    # The second sampler estimates the same mean, with lighter tails under these.
-    sampler = ImportanceTimes if name in ("likelihood", "sigmoid", "velocity") else UniformTimes
-    losses = jax.jit(
-        lambda key, x0: denoising_score_matching(
-            key, denoise, process, x0, times=sampler(LOW, HIGH), weight=weight
-        )[0]
-    )(jax.random.key(2), data.draw(jax.random.key(1), N))
-    got, error = mean_and_error(losses)
-    want = exact_loss(on_eps, data, contrary)
+    got, error = mean_and_error(monte_carlo(process, contrary)[name])
+    want = exact_loss(WEIGHTS[name][1], gaussian(3), contrary)
     assert abs(got - want) < 4 * error < 0.05 * want
+
+
+EXACT, NOISIER = VP(), NoisierBy(VP())
 
 
 @pytest.mark.parametrize("contrary", [False, True], ids=["exact", "contrary"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_expected_loss_of_each_weighting(name, contrary):
-    check_weight(name, VP(), contrary)
+    check_weight(name, EXACT, contrary)
 
 
 @pytest.mark.parametrize("name", ["eps", "x0", "v", "min_snr"])
 def test_mutant_noise_scale(name):
     with pytest.raises(AssertionError):
-        check_weight(name, NoisierBy(VP()), contrary=True)
+        check_weight(name, NOISIER, contrary=True)
 
 
 @pytest.mark.parametrize("process", [VP(), SubVP(), VE(), EDM(), RectifiedFlow()], ids=str)

@@ -14,6 +14,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "lrelu": partial(jax.nn.leaky_relu, negative_slope=0.2),
 }
+# For functions that run once: a third of the compile time, the same operations.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 
 

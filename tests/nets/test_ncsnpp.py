@@ -1,5 +1,7 @@
 """NCSNpp: sizes, names, dropout, conditions, precision, memory, refusals."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from diffjax.nets import NCSNpp
-from tests.nets.common import batch, small, weights
+from tests.nets.common import QUICK, batch, small, weights
 
 DDPMPP = {"fir": False, "progressive_input": "none", "embedding_type": "positional"}
 LARGE = {"num_res_blocks": 2, "progressive": "output_skip", "progressive_input": "input_skip"}
@@ -73,7 +75,9 @@ def test_initial_values():
     """Uniform fan-average kernels, zero biases, nearly zero last layers, N(0, 16^2) frequencies."""
     net = small(nf=32, ch_mult=(1,), attn_resolutions=())
     x, label = batch()
-    out, variables = jax.jit(net.init_with_output)(jax.random.key(0), x, label)
+    out, variables = jax.jit(net.init_with_output, compiler_options=QUICK)(
+        jax.random.key(0), x, label
+    )
     params = variables["params"]
     block = params["ResnetBlockBigGANpp_1"]
     kernel = np.asarray(block["Conv_0"]["kernel"])
@@ -99,7 +103,8 @@ def made():
     def train(params, x, label, key):
         return net.apply(params, x, label, train=True, rngs={"dropout": key})
 
-    return net, params, jax.jit(net.apply), jax.jit(train)
+    quick = partial(jax.jit, compiler_options=QUICK)
+    return net, params, quick(net.apply), quick(train)
 
 
 def test_dropout_acts_in_training_only(made):
@@ -128,7 +133,9 @@ def test_one_label_for_all_and_vmap(made):
     x, _ = batch(size=4)
     want = apply(params, x, jnp.full((4,), 0.7))
     np.testing.assert_allclose(apply(params, x, jnp.float32(0.7)), want, rtol=1e-5, atol=1e-6)
-    mapped = jax.jit(jax.vmap(lambda one: net.apply(params, one, jnp.float32(0.7))))(x)
+    mapped = jax.jit(
+        jax.vmap(lambda one: net.apply(params, one, jnp.float32(0.7))), compiler_options=QUICK
+    )(x)
     np.testing.assert_allclose(mapped, want, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +144,7 @@ def test_forward_and_reverse_derivatives_agree(made):
     x, label = batch(size=4)
     v = jax.random.normal(jax.random.key(5), x.shape)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def both(x):
         out, tangent = jax.jvp(lambda x: net.apply(params, x, label), (x,), (v,))
         grad = jax.vjp(lambda x: net.apply(params, x, label), x)[1](out)[0]
@@ -151,7 +158,10 @@ def test_bfloat16_keeps_parameters_and_result_in_float32(made):
     x, label = batch(size=4)
     low = small(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes(low))} == {jnp.dtype("float32")}
-    got, want = jax.jit(low.apply)(params, x, label), apply(params, x, label)
+    got, want = (
+        jax.jit(low.apply, compiler_options=QUICK)(params, x, label),
+        apply(params, x, label),
+    )
     assert got.dtype == jnp.float32
     gap = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
     assert 1e-4 < gap < 0.03

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.nets.common import ACTIVATIONS, batch, small, weights
+from tests.nets.common import ACTIVATIONS, QUICK, batch, small, weights
 from tests.nets.numpy_ncsnpp import Network
 
 INPUTS = [("none", "sum"), ("input_skip", "sum"), ("input_skip", "cat"), ("residual", "sum")]
@@ -20,7 +20,7 @@ def compare(rtol=1e-5, image=None, cond=None, **options):
     net = small(nonlinearity=ACTIVATIONS[activation], **options)
     x, label = image or batch()
     params = weights(net, x, label, cond)
-    got = np.asarray(jax.jit(net.apply)(params, x, label, cond))
+    got = np.asarray(jax.jit(net.apply, compiler_options=QUICK)(params, x, label, cond))
     fields = {name: getattr(net, name) for name in net.__dataclass_fields__}
     numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
     reference = Network(numbers, **{**fields, "nonlinearity": activation})
@@ -97,7 +97,9 @@ def test_the_comparison_notices_a_wrong_network():
     """Its mutants: one option said differently to the two sides."""
     x, label = batch()
     params = weights(small(), x, label)
-    right = jax.jit(small().apply)(params, x, label)
+    right = jax.jit(small().apply, compiler_options=QUICK)(params, x, label)
     for wrong in ({"skip_rescale": False}, {"fir_kernel": (1, 2, 2, 1)}, {"centered": False}):
-        gap = jnp.abs(right - jax.jit(small(**wrong).apply)(params, x, label))
+        gap = jnp.abs(
+            right - jax.jit(small(**wrong).apply, compiler_options=QUICK)(params, x, label)
+        )
         assert float(jnp.max(gap)) > 1e-2

@@ -334,7 +334,9 @@ def test_refused_starts():
     with pytest.raises(ValueError, match=r"g\^2 is infinite.*t_max=.*Heun\(\)"):
         solve_with(solver=EulerMaruyama(), process=flow)
     network = lambda x, label: x  # noqa: E731
-    with pytest.raises(ValueError, match=r"kind Eps does not determine x0 at t = 1.0.*t_max="):
+    with pytest.raises(
+        ValueError, match=r"kind Eps does not determine x0 and eps at t = 1.0.*t_max="
+    ):
         solve_with(process=flow, denoise=make_denoiser(network, flow, kind="eps"))
     solve_with(process=flow, denoise=make_denoiser(network, flow, kind="velocity"))
 
