@@ -104,7 +104,7 @@ def shaped(config: ConfigDict, mode: str) -> ConfigDict:
 
 def _quick(config: ConfigDict) -> ConfigDict:
     """Shrinks a config to seconds on a CPU: the same families, tiny sizes."""
-    config.model.update({"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1})
+    config.model.update({"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)})
     config.data.image_size = 8
     config.training.update(
         {

@@ -6,10 +6,14 @@ Fields that the table has and ours do not are those that have no effect in that 
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffjax import builders
+from diffjax.runs.model import Model
 from diffjax.runs.workdir import config_names, load_config, plain
+from diffjax.train import mesh, state, step
 
 COMMON = {
     "seed": 42,
@@ -110,7 +114,8 @@ PUBLISHED = {
 
 # What `quick` may change.
 SHRUNK = {
-    "model.nf", "model.ch_mult", "model.num_res_blocks", "data.image_size", "data.name",
+    "model.nf", "model.ch_mult", "model.num_res_blocks", "model.attn_resolutions",
+    "data.image_size",
     "training.batch_size", "training.n_iters", "training.n_jitted_steps", "training.log_freq",
     "training.eval_freq", "training.snapshot_freq", "training.snapshot_freq_for_preemption",
     "optim.warmup", "sampling.steps", "eval.batch_size", "eval.num_samples",
@@ -161,3 +166,34 @@ def test_everything_builds(name, mode):
     builders.build_ema(config)
     plan = builders.build_sampling(config, parts.process)
     assert plan.times.shape == (config.sampling.steps + 1,)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_a_quick_one_trains_a_step_and_samples(name, compilation_cache):
+    config = load_config(f"{name}:quick")
+    parts = builders.build_parts(config)
+    optimizer, schedule = builders.build_optimizer(config)
+    params = jax.jit(parts.init_params)(jax.random.key(0))
+    run = step.compile_step(
+        mesh.make_mesh(data=1),
+        loss_fn=builders.build_loss(config, parts, train=True),
+        optimizer=optimizer,
+        ema=builders.build_ema(config),
+        schedule=schedule,
+    )
+    shape = (1, 4, *parts.image_shape)
+    images = np.random.default_rng(0).integers(0, config.data.levels, shape, np.uint8)
+    current = state.create_state(jax.random.key(1), params, optimizer)
+    for _ in range(2):  # the rate of the first update is 0
+        current, metrics = run(current, {"image": jnp.asarray(images)})
+    assert np.isfinite(metrics["loss"][0])
+    moved = jax.tree.map(lambda a, b: jnp.any(a != b), current.params, params)
+    frozen = {"GaussianFourierProjection_0"}
+    assert all(
+        jnp.stack(jax.tree.leaves(leaves)).any()
+        for layer, leaves in moved.items()
+        if layer not in frozen
+    )
+    drawn = Model(config, parts, current.ema, 2).sample(jax.random.key(2), 2)
+    assert drawn.shape == (2, *parts.image_shape)
+    assert drawn.max() < config.data.levels
