@@ -270,7 +270,12 @@ def build_source(config: Any, split: str) -> Any:
         path = train_path if split == config.data.train_split else eval_path
         return data.folder_source(path, **options)
 
-    families = {"digits": data.digits_source, "tfds": tfds, "npz": npz, "folder": folder}
+    families: dict[str, Callable[..., Any]] = {
+        "digits": data.digits_source,
+        "tfds": tfds,
+        "npz": npz,
+        "folder": folder,
+    }
     chosen = {"train": config.data.train_split, "eval": config.data.eval_split}[split]
     section = {k: v for k, v in dict(config.data).items() if k not in _PREPROCESSING}
     source = make(families, section, "data", split=chosen)
