@@ -41,11 +41,11 @@ def get_config(mode: str = "full"):
     config.training.update(
         {
             "batch_size": 64,
-            "n_iters": 2300,
+            "n_iters": 2600,
             "n_jitted_steps": 1,  # on a CPU; see diffjax.train.step.multi_step
             "log_freq": 20,
             "eval_freq": 200,
-            "snapshot_freq": 2300,
+            "snapshot_freq": 2600,
             "snapshot_freq_for_preemption": 500,
         }
     )

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from diffjax import builders
 from diffjax.core import checks, random
+from diffjax.core.numerics import canonical
 from diffjax.core.types import Array, Key, PyTree
 from diffjax.likelihood import BitsPerDim, bits_per_dim
 from diffjax.processes import prior
@@ -82,13 +83,15 @@ class Model:
         """One batch from the prior through the solver, as `solvers.sample` returns it."""
         shape = (keys.shape[0], *self.parts.image_shape)
         x = prior(keys, self.parts.process, shape)
+        # A number means one program, whether it came as a Python, NumPy or JAX scalar.
+        denoise, solver, process = canonical((self.denoiser(cond), plan.solver, self.parts.process))
         return _draw(
             keys,
-            self.denoiser(cond),
+            denoise,
             x,
             plan.times,
-            solver=plan.solver,
-            process=self.parts.process,
+            solver=solver,
+            process=process,
             final=plan.final,
             save=save,
         )
