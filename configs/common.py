@@ -1,7 +1,8 @@
-"""What configs share, written once.
+"""What all configs have in common, and how one is shrunk.
 
 Sections and who reads them stand in `diffjax.builders`; the names of fields are the reference
-code's where they mean the same thing.
+code's where they mean the same thing. Beside this file: `datasets`, `networks`, and the families of
+configs: `score_sde`, `edm_recipe`, `latent_recipe`.
 """
 
 from ml_collections import ConfigDict
@@ -49,52 +50,6 @@ def base() -> ConfigDict:
     )
 
 
-def cifar10() -> ConfigDict:
-    """The data section of CIFAR-10 through tfds, in [-1, 1]."""
-    return ConfigDict(
-        {
-            "name": "tfds",
-            "dataset": "cifar10",
-            "train_split": "train",
-            "eval_split": "test",
-            "image_size": 32,
-            "num_channels": 3,
-            "levels": 256,
-            "centered": True,
-            "random_flip": True,
-            "uniform_dequantization": False,
-        }
-    )
-
-
-def ncsnpp_cifar10() -> ConfigDict:
-    """What DDPM++ and NCSN++ have in common on CIFAR-10."""
-    return ConfigDict(
-        {
-            "name": "ncsnpp",
-            "nf": 128,
-            "ch_mult": (1, 2, 2, 2),
-            "num_res_blocks": 4,
-            "attn_resolutions": (16,),
-            "dropout": 0.1,
-            "resamp_with_conv": True,
-            "conditional": True,
-            "skip_rescale": True,
-            "resblock_type": "biggan",
-            "progressive": "none",
-            "progressive_combine": "sum",
-            "init_scale": 0.0,
-        }
-    )
-
-
-def ddpmpp_cifar10() -> ConfigDict:
-    """DDPM++: no FIR, no pyramids, positional embedding. 61,804,419 parameters."""
-    model = ncsnpp_cifar10()
-    model.update({"fir": False, "progressive_input": "none", "embedding_type": "positional"})
-    return model
-
-
 def shaped(config: ConfigDict, mode: str) -> ConfigDict:
     """The config as it is ("full") or shrunk to seconds ("quick")."""
     if mode not in ("full", "quick"):
@@ -102,9 +57,25 @@ def shaped(config: ConfigDict, mode: str) -> ConfigDict:
     return _quick(config) if mode == "quick" else config
 
 
+_QUICK_TRANSFORMER = {"depth": 2, "width": 32, "num_heads": 2}
+# The least of each network that still has all its parts.
+_QUICK_UNET = {"ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+_QUICK_MODELS = {
+    "ncsnpp": {"nf": 8, **_QUICK_UNET},
+    "ddpm": {"nf": 32, **_QUICK_UNET},
+    "ncsn": {"nf": 8},
+    "ncsnv2": {"nf": 8},
+    "songunet": {"nf": 8, **_QUICK_UNET},
+    "adm": {"nf": 32, **_QUICK_UNET, "channels_per_head": 32},
+    "dit": _QUICK_TRANSFORMER,
+    "sit": _QUICK_TRANSFORMER,
+    "wideresnet": {"blocks_per_group": 1, "channel_multiplier": 1},
+}
+
+
 def _quick(config: ConfigDict) -> ConfigDict:
     """Shrinks a config to seconds on a CPU: the same families, tiny sizes."""
-    config.model.update({"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)})
+    config.model.update(_QUICK_MODELS[config.model.name])
     config.data.image_size = 8
     config.training.update(
         {
@@ -117,7 +88,10 @@ def _quick(config: ConfigDict) -> ConfigDict:
             "snapshot_freq_for_preemption": 5,
         }
     )
-    config.optim.warmup = 2
-    config.sampling.steps = 4
+    config.optim.warmup = min(config.optim.warmup, 2)
+    if config.sampling:  # a classifier draws nothing
+        config.sampling.steps = min(config.sampling.steps, 4)
+        if "n_steps_each" in config.sampling.solver:
+            config.sampling.solver.n_steps_each = 1
     config.eval.update({"batch_size": 8, "num_samples": 8})
     return config

@@ -8,7 +8,7 @@ noise levels spread widely around ln(sigma) = -0.6, where the shapes are decided
 the bits/dim. `get_config("quick")` shrinks it to seconds.
 """
 
-from configs import common
+from configs import common, networks
 
 
 def get_config(mode: str = "full"):
@@ -21,7 +21,7 @@ def get_config(mode: str = "full"):
         "weight": {"name": "edm", "sigma_data": 0.75},
         "reduce": "mean",
     }
-    config.model = common.ddpmpp_cifar10()
+    config.model = networks.ddpmpp()
     config.model.update(
         {
             "nf": 32,

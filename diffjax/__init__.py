@@ -8,15 +8,15 @@
     x = draw(key, denoise, dj.prior(key, process, (16, 32, 32, 3)), dj.grids.log_snr(process, 20),
              solver=dj.solvers.Heun(), process=process).x
 
-Importing this loads JAX and Flax only. `dj.train`, `dj.load` and `dj.evaluate` load the packages
-of the extra `train` when they are called.
+Importing this loads JAX and Flax only. `dj.train`, `dj.load`, `dj.load_classifier` and
+`dj.evaluate` load the packages of the extra `train` when they are called.
 """
 
 from typing import Any
 
 # Imported here so that the room `diffjax.train` never takes the name of the function below.
 import diffjax.train as _train_room
-from diffjax import likelihood, losses, nets, prediction, processes, solvers
+from diffjax import guidance, inverse, likelihood, losses, nets, prediction, processes, solvers
 from diffjax.core.types import Coeffs, DenoiseFn, Prediction
 from diffjax.likelihood import bits_per_dim, log_prob, variational_bound
 from diffjax.losses import denoising_score_matching
@@ -49,6 +49,11 @@ def train(config: Any, workdir: Any, **options: Any) -> Any:
 def load(workdir: Any, **options: Any) -> Any:
     """A trained model, ready to sample: `diffjax.runs.model.load`. Needs `diffjax[train]`."""
     return _run("model").load(workdir, **options)
+
+
+def load_classifier(workdir: Any, **options: Any) -> Any:
+    """A trained classifier of noisy images, to guide with: `diffjax.runs.classifiers.load`."""
+    return _run("classifiers").load(workdir, **options)
 
 
 def evaluate(workdir: Any, *arguments: Any, **options: Any) -> Any:
@@ -91,8 +96,11 @@ __all__ = [
     "denoising_score_matching",
     "evaluate",
     "grids",
+    "guidance",
+    "inverse",
     "likelihood",
     "load",
+    "load_classifier",
     "log_prob",
     "log_snr",
     "losses",

@@ -16,7 +16,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,17 @@ from diffjax import losses, prediction, processes, solvers
 from diffjax.core.quantise import Quantisation
 from diffjax.core.random import sample_keys, tag
 from diffjax.core.types import Array, Key, PyTree
-from diffjax.losses import denoising_score_matching
+from diffjax.guidance import NoisyClassifier, make_classifier
+from diffjax.losses import classification, denoising_score_matching
+from diffjax.nets.adm import ADM
+from diffjax.nets.classifier import WideResNet
+from diffjax.nets.ddpm import DDPM
+from diffjax.nets.dit import DiT
 from diffjax.nets.mlp import MLP
+from diffjax.nets.ncsn import NCSN
 from diffjax.nets.ncsnpp import NCSNpp
+from diffjax.nets.ncsnv2 import NCSNv2
+from diffjax.nets.songunet import SongUNet
 from diffjax.prediction import precondition
 from diffjax.solvers import grids
 
@@ -43,7 +51,18 @@ PROCESSES: dict[str, Callable[..., processes.Process]] = {
     "rectified_flow": processes.RectifiedFlow,
 }
 
-NETS: dict[str, Callable[..., Any]] = {"ncsnpp": NCSNpp, "mlp": MLP}
+NETS: dict[str, Callable[..., Any]] = {
+    "ncsnpp": NCSNpp,
+    "ddpm": DDPM,
+    "ncsn": NCSN,
+    "ncsnv2": NCSNv2,
+    "songunet": SongUNet,
+    "adm": ADM,
+    "dit": DiT.named,
+    "sit": DiT.sit,
+    "mlp": MLP,
+    "wideresnet": WideResNet,
+}
 
 
 def _plain(kind: prediction.KindName) -> precondition.Precondition:
@@ -62,6 +81,7 @@ def _edm(sigma_data: float = 0.5, label: str = "log_noise_level") -> preconditio
 PRECONDITIONS: dict[str, Callable[..., precondition.Precondition]] = {
     "plain": _plain,
     "score_sde_vp": precondition.score_sde_vp,
+    "ddpm": precondition.ddpm,
     "score_sde_ve": precondition.score_sde_ve,
     "edm": _edm,
     "edm_vp": precondition.vp,
@@ -86,18 +106,56 @@ PREDICTORS: dict[str, Callable[..., solvers.Solver]] = {
 }
 
 
+def _no_corrector(snr: float = 0.0, n_steps: int = 1) -> solvers.Corrector:
+    """Takes, and leaves, what the reference code's configs say of a corrector all the same."""
+    return solvers.NoCorrector()
+
+
+CORRECTORS: dict[str, Callable[..., solvers.Corrector]] = {
+    "langevin": solvers.Langevin,
+    "ald": solvers.AnnealedLangevin,
+    "none": _no_corrector,
+}
+
+
 def _pc(
     predictor: str = "reverse_diffusion",
     corrector: str = "langevin",
     snr: float = 0.16,
     n_steps_each: int = 1,
-    coupling: str = "sample",
+    probability_flow: bool = False,
+    order: Literal["corrector_first", "predictor_first"] = "corrector_first",
+    coupling: str | None = None,
+    noise_norm: str | None = None,
+    variance: str | None = None,
 ) -> solvers.Solver:
-    """Predictor-corrector under the reference code's names."""
-    made = make(PREDICTORS, {"name": predictor}, "sampling.solver.predictor")
-    correctors = {"langevin": solvers.Langevin}
-    section = {"name": corrector, "snr": snr, "n_steps": n_steps_each, "coupling": coupling}
-    return solvers.PredictorCorrector(made, make(correctors, section, "sampling.solver.corrector"))
+    """Predictor-corrector under the reference code's names; the last three as their classes say."""
+    section: dict[str, Any] = {
+        "name": predictor,
+        "probability_flow": probability_flow or None,
+        "variance": variance,
+    }
+    family = {**PREDICTORS, "none": solvers.NoPredictor}
+    step = make(family, _given(section), "sampling.solver.predictor")
+    section = {
+        "name": corrector,
+        "snr": snr,
+        "n_steps": n_steps_each,
+        "coupling": coupling,
+        "noise_norm": noise_norm,
+    }
+    correct = make(CORRECTORS, _given(section), "sampling.solver.corrector")
+    return solvers.PredictorCorrector(step, correct, order)
+
+
+def _given(section: Section) -> Section:
+    """The fields that are not None."""
+    return {name: value for name, value in section.items() if value is not None}
+
+
+def _ode(rtol: float = 1e-5, atol: float = 1e-5, max_steps: int = 4096) -> solvers.AdaptiveFlow:
+    """The black-box ODE sampler under the reference code's name."""
+    return solvers.AdaptiveFlow(solvers.PIController(rtol=rtol, atol=atol, max_steps=max_steps))
 
 
 def _edm_stochastic(n_steps: int, s_churn: float = 40.0, **bounds: float) -> solvers.Solver:
@@ -202,11 +260,21 @@ class Parts(NamedTuple):
             **self.precondition._asdict(),
         )
 
+    def classifier(self, params: PyTree) -> NoisyClassifier:
+        """The network with these weights as a classifier of noisy images."""
+        return make_classifier(
+            _Apply(self.net),
+            self.process,
+            variables={"params": params},
+            scaling=self.precondition.scaling,
+            label=self.precondition.label,
+        )
+
     def init_params(self, key: Key) -> PyTree:
         """New weights. A label of one: the logarithm of a noise level 0 would be infinite."""
         x = jnp.zeros((1, *self.image_shape), jnp.float32)
-        cond = None if self.num_classes is None else jnp.zeros((1,), jnp.int32)
-        return self.net.init(key, x, jnp.ones((1,), jnp.float32), cond)["params"]
+        cond = () if self.num_classes is None else (jnp.zeros((1,), jnp.int32),)
+        return self.net.init(key, x, jnp.ones((1,), jnp.float32), *cond)["params"]
 
 
 def build_parts(config: Any) -> Parts:
@@ -244,6 +312,7 @@ _PREPROCESSING = (
     "levels",
     "centered",
     "random_flip",
+    "augment",
     "uniform_dequantization",
     "train_split",
     "eval_split",
@@ -309,7 +378,11 @@ WEIGHTS: dict[str, Callable[..., losses.Weight]] = {
     "sigmoid": losses.Sigmoid,
 }
 
-REDUCES: dict[str, Callable[..., Any]] = {"mean": losses.mean, "half_sum": losses.half_sum}
+REDUCES: dict[str, Callable[..., Any]] = {
+    "mean": losses.mean,
+    "half_sum": losses.half_sum,
+    "sum": losses.total,
+}
 
 
 def build_times(section: Section) -> losses.TimeSampler:
@@ -320,14 +393,37 @@ def build_times(section: Section) -> losses.TimeSampler:
     return losses.StratifiedTimes(times) if stratified else times
 
 
+def build_augment(config: Any, parts: Parts) -> Any:
+    """The augmentation under config.data.augment, its probability; None for 0 or no such field.
+
+    Raises BuildError for a network without augmentation labels, or beside unlabelled flips.
+    """
+    p = dict(config.data).get("augment", 0.0)
+    if not p:
+        return None
+    from diffjax.data import Augment, augment
+
+    if getattr(parts.net, "augment_dim", 0) != augment.LABELS:
+        raise BuildError(
+            f"config.data.augment = {p} needs a network that takes the {augment.LABELS} labels of "
+            f"a change: set config.model.augment_dim = {augment.LABELS} (songunet, adm)."
+        )
+    if config.data.random_flip:
+        raise BuildError(
+            "config.data.augment mirrors images and tells the network; config.data.random_flip "
+            "mirrors them untold. Set random_flip = False."
+        )
+    return make({"augment": Augment}, {"name": "augment", "p": p}, "data.augment")
+
+
 def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
     """loss_fn(params, key, batch) -> (per-image losses (B,), aux) of one batch of levels.
 
     batch: {"image": uint8 (B, H, W, C), "label": (B,) for a conditional network}. train: with
-    dropout and flips.
+    dropout, flips and augmentation.
     """
-    from diffjax.data import model_input
-
+    if is_classifier(config):
+        return _build_classification(config, parts, train=train)
     times = build_times(config.loss.times)
     weight = make(WEIGHTS, config.loss.weight, "loss.weight")
     if config.loss.reduce not in REDUCES:
@@ -335,19 +431,19 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
             f"config.loss.reduce must be one of {', '.join(REDUCES)}; got {config.loss.reduce!r}."
         )
     reduce = REDUCES[config.loss.reduce]
+    augment = build_augment(config, parts) if train else None
 
     def loss_fn(params: PyTree, key: Key, batch: Mapping[str, Array]):
         keys = sample_keys(key, batch["image"].shape[0])
-        x0 = model_input(
-            keys,
-            batch["image"],
-            parts.quantisation,
-            flip=train and config.data.random_flip,
-            dequantise=config.data.uniform_dequantization,
-        )
-        rngs = {"dropout": jax.random.fold_in(key, tag("dropout"))} if train else None
+        x0 = _clean(config, parts, keys, batch["image"], train=train)
+        streams = ("dropout", "label_dropout") if train else ()
+        rngs = {name: jax.random.fold_in(key, tag(name)) for name in streams}
+        apply = functools.partial(parts.net.apply, train=train, rngs=rngs)
+        if augment is not None:
+            x0, labels = augment(keys, x0)
+            apply = functools.partial(apply, augment=labels)
         denoise = prediction.make_denoiser(
-            functools.partial(parts.net.apply, train=train, rngs=rngs),
+            apply,
             parts.process,
             variables={"params": params},
             cond=None if parts.num_classes is None else batch["label"],
@@ -360,18 +456,74 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
     return loss_fn
 
 
+def _clean(config: Any, parts: Parts, keys: Key, images: Array, *, train: bool) -> Array:
+    """A batch of levels as clean data x0."""
+    from diffjax.data import model_input
+
+    return model_input(
+        keys,
+        images,
+        parts.quantisation,
+        flip=train and config.data.random_flip,
+        dequantise=config.data.uniform_dequantization,
+    )
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a config trains a classifier of noisy images, not a denoiser. Raises BuildError."""
+    name = dict(config.loss).get("name", "denoising")
+    if name not in ("denoising", "classification"):
+        raise BuildError(
+            f"config.loss.name must be 'denoising', the default, or 'classification'; got {name!r}."
+        )
+    return name == "classification"
+
+
+def _build_classification(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
+    """The loss of a classifier: cross-entropy at random times; its section has `times` only."""
+    others = [field for field in config.loss if field not in ("name", "times")]
+    if others:
+        raise BuildError(f"config.loss.{others[0]} does not apply to classification: remove it.")
+    times = build_times(config.loss.times)
+
+    def loss_fn(params: PyTree, key: Key, batch: Mapping[str, Array]):
+        if "label" not in batch:
+            raise BuildError("A classifier needs labelled images, and config.data has no labels.")
+        keys = sample_keys(key, batch["image"].shape[0])
+        x0 = _clean(config, parts, keys, batch["image"], train=train)
+        classify = make_classifier(
+            functools.partial(parts.net.apply, train=train),
+            parts.process,
+            variables={"params": params},
+            scaling=parts.precondition.scaling,
+            label=parts.precondition.label,
+        )
+        return classification(keys, classify, parts.process, x0, batch["label"], times=times)
+
+    return loss_fn
+
+
 class Sampling(NamedTuple):
-    """How to sample: what `solvers.sample` takes beside the model."""
+    """How to sample: what `solvers.sample`, or `solvers.solve_adaptive`, takes beside the model.
+
+    times: the grid, (n+1,); of an adaptive solve its two ends.
+    """
 
     times: Array
-    solver: solvers.Solver
+    solver: solvers.Solver | solvers.AdaptiveFlow
     final: solvers.Final
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the steps are the solver's own."""
+        return isinstance(self.solver, solvers.AdaptiveFlow)
 
-SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
+
+SOLVERS: dict[str, Callable[..., solvers.Solver | solvers.AdaptiveFlow]] = {
     **PREDICTORS,
     "pc": _pc,
     "edm_stochastic": _edm_stochastic,
+    "ode": _ode,
 }
 
 
@@ -379,25 +531,37 @@ def build_sampling(
     config: Any,
     process: processes.Process,
     *,
-    solver: str | solvers.Solver | None = None,
+    solver: str | solvers.Solver | solvers.AdaptiveFlow | None = None,
     steps: int | None = None,
 ) -> Sampling:
     """The config's way of sampling, or another solver or number of steps.
 
     solver: a name among `SOLVERS`, a solver, or None for the config's. The grid and the end are the
-    config's. Raises BuildError.
+    config's. An adaptive solver takes of the grid its ends, but goes no lower than the process's
+    t_min, and denoises there unless the config keeps the noise. Raises BuildError.
     """
     section = config.sampling
-    steps = section.steps if steps is None else steps
-    times = make(GRIDS, section.grid, "sampling.grid", process=process, n=steps)
+    count = section.steps if steps is None else steps
+    times = make(GRIDS, section.grid, "sampling.grid", process=process, n=count)
     final = make(FINALS, {"name": section.final}, "sampling.final")
-    if solver is not None and not isinstance(solver, str):
-        return Sampling(times, solver, final)
-    own = dict(section.solver)
-    # The config's options belong to its own solver; another one comes with its defaults.
-    chosen = own if solver in (None, own["name"]) else {"name": solver}
-    given = {"n_steps": steps} if chosen["name"] == "edm_stochastic" else {}
-    return Sampling(times, make(SOLVERS, chosen, "sampling.solver", **given), final)
+    if solver is None or isinstance(solver, str):
+        own = dict(section.solver)
+        # The config's options belong to its own solver; another one comes with its defaults.
+        chosen = own if solver in (None, own["name"]) else {"name": solver}
+        given = {"n_steps": count} if chosen["name"] == "edm_stochastic" else {}
+        made = make(SOLVERS, chosen, "sampling.solver", **given)
+    else:
+        made = solver
+    plan = Sampling(times, made, final)
+    if not plan.adaptive:
+        return plan
+    if steps is not None:
+        raise BuildError(
+            f"steps={steps} does not apply to an adaptive solver, which chooses its own: leave it "
+            "out, and set rtol and atol (config.sampling.solver)."
+        )
+    ends = jnp.stack([times[0], jnp.maximum(times[-1], process.t_min)])
+    return Sampling(ends, made, solvers.Keep() if section.final == "keep" else solvers.Tweedie())
 
 
 def build_optimizer(config: Any) -> tuple[Any, Any]:

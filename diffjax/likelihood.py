@@ -20,8 +20,6 @@ S the symmetric part of dv/dx and |.| Frobenius' norm: a diagonal Jacobian costs
 N(0, sigma(T)^2) for p_T. Where the data's mean is not 0, that moves ln p(x) by thousandths of a nat
 for VP, and by up to 0.4 nats at single points for VE; pass `prior` where p_T is known.
 
-Bits/dim are those of integers under uniform dequantisation, eq. (7) of `core.quantise`.
-
 The variational bound needs no ODE and no Jacobian:
 
     -ln p(x0) <= KL + 1/2 int (-d lam/dt) E|eps^ - eps|^2 dt + R                                (3)
@@ -33,6 +31,22 @@ In (4) the decoder is N(x_t/alpha, sigma~^2), in (5) it is the categorical distr
 levels' places x_k, so the bound is on the probability of the integers and needs no dequantisation.
 The integral is taken over the log-SNR, uniformly, which must be finite at both ends.
 
+Bits/dim are those of integers under uniform dequantisation, eq. (7) of `core.quantise`. A figure
+y_iap of image i = 1..n, dequantisation a = 1..A and probe p = 1..P is taken as
+
+    y_iap = mu + d_i + u_ia + z_iap,    variances D (data), U (dequantisation), Z (probes)
+
+of independent terms, means over indices marked by a dot. The unbiased variances s^2 over one index,
+averaged over those before it, have the expectations
+
+    E s^2_i(y_i..) = D + U/A + Z/(AP)                                total                    (6)
+    E s^2_a(y_ia.) = U + Z/P                                         within an image          (7)
+    E s^2_p(y_iap) = Z                                               within a dequantisation  (8)
+
+so (6)/n is the squared standard error of the mean whatever the three are, and its parts are
+D/n = [(6) - (7)/A]/n, U/(nA) = [(7)/A - (8)/(AP)]/n and Z/(nAP) = (8)/(nAP). More images divide
+all of it; more dequantisations and probes only the last two, so 1 - D/(6) is what they can gain.
+
 References:
 [1] Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
     https://arxiv.org/abs/2011.13456, section 4.3 and appendix D.2.
@@ -43,7 +57,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -175,24 +189,60 @@ def log_prob(
     return LogProb(end + gained, latent, solved.nfe)
 
 
+class StandardErrors(NamedTuple):
+    """The standard error of a mean over images, taken apart by eqs. (6) to (8); each ().
+
+    total^2 = data^2 + noise^2 and noise^2 = dequantise^2 + probe^2, but for parts whose estimate
+    came out negative, which are 0. NaN where the design cannot tell: `data` and `noise` need two
+    dequantisations an image, `probe` two probes each, `dequantise` both.
+    """
+
+    total: Array
+    data: Array
+    noise: Array
+    dequantise: Array
+    probe: Array
+
+
 class BitsPerDim(NamedTuple):
     """Bits/dim of each image, (B,), their mean and its standard error over the images, ().
 
-    The standard error includes the noise of dequantisation and probes, drawn anew for every image.
-    It is NaN for one image. Figures of several batches: join `per_image`, then `summarise` again.
+    The standard error includes the noise of dequantisation and probes, drawn anew for every image;
+    `errors` has its parts. It is NaN for one image. draws: (B, A, P), every solve's figure, of
+    which `per_image` is the mean. nfe: (B, A, P), every solve's calls of the denoiser; None where
+    there was no solve. Figures of several batches: join `draws`, then `summarise` again.
     """
 
     per_image: Array
     mean: Array
     stderr: Array
+    errors: StandardErrors
+    draws: Array
+    nfe: Array | None = None
 
 
-def summarise(per_image: Array) -> BitsPerDim:
-    """Mean and standard error of figures that are independent from image to image, (B,)."""
-    n = per_image.shape[0]
-    centred = per_image - jnp.mean(per_image)
-    variance = jnp.sum(centred**2) / jnp.asarray(n - 1, centred.dtype)
-    return BitsPerDim(per_image, jnp.mean(per_image), jnp.sqrt(variance / n))
+def summarise(draws: Array, nfe: Array | None = None) -> BitsPerDim:
+    """Mean and standard errors of figures that are independent from image to image.
+
+    draws: (B,), or (B, A, P) for P probes in each of A dequantisations, eqs. (6) to (8).
+    """
+    draws = draws.reshape(-1, 1, 1) if draws.ndim == 1 else draws
+    n, dequantisations, probes = draws.shape
+    per_dequantisation = jnp.mean(draws, axis=2)
+    per_image = jnp.mean(per_dequantisation, axis=1)
+    variance = _variance(per_image, 0)
+    across = jnp.mean(_variance(per_dequantisation, 1)) / dequantisations
+    within = jnp.mean(_variance(draws, 2)) / (dequantisations * probes)
+    parts = variance, variance - across, across, across - within, within
+    errors = StandardErrors(*(jnp.sqrt(jnp.maximum(part, 0) / n) for part in parts))
+    return BitsPerDim(per_image, jnp.mean(per_image), errors.total, errors, draws, nfe)
+
+
+def _variance(x: Array, axis: int) -> Array:
+    """The unbiased variance along an axis; NaN for a single element."""
+    centred = x - jnp.mean(x, axis=axis, keepdims=True)
+    freedom = jnp.asarray(x.shape[axis] - 1, x.dtype)  # 0 / 0 is NaN
+    return jnp.sum(centred**2, axis=axis) / freedom
 
 
 def bits_per_dim(
@@ -203,29 +253,62 @@ def bits_per_dim(
     *,
     quantisation: Quantisation,
     repeats: int = 1,
+    probe_repeats: int = 1,
     divergence: Divergence = Hutchinson(),
     controller: PIController = PIController(),
+    prior: Callable[[PyTree], Array] | None = None,
     t_min: Number | None = None,
 ) -> BitsPerDim:
     """Bits/dim of integer images by the probability flow, under uniform dequantisation.
 
     key: a typed key, or (B,) keys, one an image. images: (B, ...), integer levels (uint8).
-    quantisation: the number of levels and the model's range. repeats: draws of the dequantisation
-    noise and of the probes, averaged for each image. The rest as in `log_prob`.
+    quantisation: the number of levels and the model's range. repeats: A, draws of the
+    dequantisation noise, each with fresh probes. probe_repeats: P, solves with fresh probes for
+    each of them; A and P of at least 2 tell the parts of the standard error apart. The rest as in
+    `log_prob`.
     """
     checks.at_least("repeats", repeats, 1)
+    checks.at_least("probe_repeats", probe_repeats, 1)
     keys = random.sample_keys(key, images.shape[0])
     dim = images.size // images.shape[0]
 
-    def once(repeat):
-        own = random.step_keys(keys, repeat)
+    def once(draw):
+        own = random.step_keys(keys, draw // probe_repeats)
         x = quantisation.dequantise(own, images)
         nats = log_prob(
-            own, denoise, process, x, divergence=divergence, controller=controller, t_min=t_min
+            random.step_keys(own, draw % probe_repeats),
+            denoise,
+            process,
+            x,
+            divergence=divergence,
+            controller=controller,
+            prior=prior,
+            t_min=t_min,
         )
-        return -nats.value / (dim * math.log(2)) - quantisation.log2_bin_width()
+        bits = -nats.value / (dim * math.log(2)) - quantisation.log2_bin_width()
+        return bits, nats.nfe
 
-    return summarise(jnp.mean(jax.lax.map(once, jnp.arange(repeats)), axis=0))
+    drawn = jax.lax.map(once, jnp.arange(repeats * probe_repeats))
+    shape = (images.shape[0], repeats, probe_repeats)
+    draws, nfe = (leaf.T.reshape(shape) for leaf in drawn)
+    return summarise(draws, nfe)
+
+
+def score_sde_protocol(passes: int = 5) -> dict[str, Any]:
+    """Options of `bits_per_dim` for the likelihoods of [1], table 2.
+
+    passes: 5 over the test set, 1 over a training set, each with fresh dequantisation and fresh
+    Rademacher probes, averaged for each image; the flow from t = 1e-5 with both tolerances 1e-5.
+    What differs from the reference code: here each image has its own steps (there a batch shares
+    them), all images count (there 9,216 of 10,000), the prior has the process's deviation at t_max
+    (1 there; 0.99998 for VP), and the pair is Dormand and Prince's with a PI controller.
+    """
+    return {
+        "repeats": passes,
+        "divergence": Hutchinson(),
+        "controller": PIController(1e-5, 1e-5),
+        "t_min": 1e-5,
+    }
 
 
 class Bound(NamedTuple):

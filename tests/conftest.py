@@ -1,9 +1,14 @@
-"""Strict settings of every test: 8 simulated devices, no silent broadcasting, float64 on call."""
+"""Strict settings of every test: 8 simulated devices, no silent broadcasting, float64 on call.
+
+Programs are compiled without LLVM's optimisations: compiling networks is what tests spend their
+time on, and two to four times quicker so. `scripts/demo` and the benches run them optimised.
+"""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

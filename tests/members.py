@@ -5,6 +5,7 @@ process with one solver (`PAIRS`), not the product. Pairs that cannot work are i
 each with its reason, and a law asserts that they raise.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,19 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax import losses
 from diffjax.core.numerics import safe_sqrt
 from diffjax.core.pytree import pytree
 from diffjax.core.types import Array, Coeffs, Number
+from diffjax.inverse import Mask, Replace
 from diffjax.prediction import kinds, precondition
 from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP, Tabulated
 from diffjax.solvers import (
     DDIM,
     Ancestral,
+    AnnealedLangevin,
     EDMChurn,
     Euler,
     EulerMaruyama,
     Heun,
     Langevin,
+    NoPredictor,
     PredictorCorrector,
     ReverseDiffusion,
     ToEnd,
@@ -124,8 +129,9 @@ class SolverMember(NamedTuple):
 
     order: the global order on the probability flow; weak_order: that of a stochastic method in
     distribution. rates: needs a finite g^2 at the first time. scalar: needs coefficients of t's
-    shape. coupled: samples depend on their neighbours, by its own declaration. edges: the solver
-    with other numbers, at which a careless root or quotient breaks.
+    shape. coupled: samples depend on their neighbours, by its own declaration. shaped: bound to
+    samples of D numbers. edges: the solver with other numbers, at which a careless root or quotient
+    breaks.
     """
 
     name: str
@@ -135,6 +141,7 @@ class SolverMember(NamedTuple):
     rates: bool = False
     scalar: bool = False
     coupled: bool = False
+    shaped: bool = False
     edges: tuple[Any, ...] = ()
 
 
@@ -147,6 +154,8 @@ SOLVERS = [
     SolverMember("ancestral_large", Ancestral("large"), weak_order=1),
     SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1),
     SolverMember("euler_maruyama", EulerMaruyama(), weak_order=1, rates=True),
+    SolverMember("euler_maruyama_flow", EulerMaruyama(probability_flow=True), order=1, rates=True),
+    SolverMember("reverse_diffusion_flow", ReverseDiffusion(probability_flow=True), order=1),
     SolverMember(
         "churn",
         EDMChurn(Heun(), s_churn=1.0, n_steps=float(N)),
@@ -163,6 +172,36 @@ SOLVERS = [
         PredictorCorrector(ReverseDiffusion(), Langevin(0.1, coupling="batch")),
         scalar=True,
         coupled=True,
+    ),
+    SolverMember(
+        "predictor_corrector_paper",
+        PredictorCorrector(
+            Ancestral(), Langevin(0.1, noise_norm="sqrt_dim"), order="predictor_first"
+        ),
+        scalar=True,
+    ),
+    SolverMember(
+        "annealed_langevin", PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2))
+    ),
+]
+
+HALF_KNOWN = Mask(jnp.arange(D) % 2 * 1.0)  # a mask of a sample
+SOLVERS += [
+    SolverMember(
+        "replace",
+        Replace(Heun(), HALF_KNOWN, jnp.linspace(-1.0, 1.0, D)[None]),
+        scalar=True,
+        shaped=True,
+    ),
+    SolverMember(
+        "replace_predictor_corrector",
+        Replace(
+            PredictorCorrector(ReverseDiffusion(), Langevin(0.1)),
+            HALF_KNOWN,
+            jnp.linspace(-1.0, 1.0, D)[None],
+        ),
+        scalar=True,
+        shaped=True,
     ),
 ]
 
@@ -219,6 +258,7 @@ class Incompatible(NamedTuple):
 INCOMPATIBLE = [
     Incompatible("euler_maruyama", "rectified_flow", "g^2 is infinite at t = 1", "g.2 is infinite"),
     Incompatible("churn", "per_pixel", "no single noise level to raise", "per pixel"),
+    Incompatible("replace", "per_pixel", "one level for the known part", "per pixel"),
     Incompatible("predictor_corrector", "per_pixel", "one step size a sample", "per pixel"),
 ]
 
@@ -280,8 +320,77 @@ PRECONDITIONS = [
 ]
 
 
-# Losses, weights and times of training stand here once `diffjax.losses` does:
-# LOSSES, WEIGHTS, TIMES.
+# Training: losses, their weightings and the samplers of their times.
+
+
+class LossMember(NamedTuple):
+    """A loss: (key, denoise, process, x0, times=, weight=) -> (losses (B,), what to watch)."""
+
+    name: str
+    loss: Callable[..., Any]
+
+
+LOSSES = [
+    LossMember("mean", losses.denoising_score_matching),
+    LossMember(
+        "half_sum", functools.partial(losses.denoising_score_matching, reduce=losses.half_sum)
+    ),
+]
+
+
+class WeightMember(NamedTuple):
+    name: str
+    weight: Any
+
+
+WEIGHTS = [
+    *(WeightMember(m.name, m.kind) for m in KINDS),
+    WeightMember("likelihood", losses.Likelihood()),
+    WeightMember("min_snr", losses.MinSNR()),
+    WeightMember("sigmoid", losses.Sigmoid()),
+]
+
+
+class TimesMember(NamedTuple):
+    """A sampler of times. coupled: depends on the batch, by its own declaration."""
+
+    name: str
+    times: Any
+    coupled: bool = False
+
+
+TIMES = [
+    TimesMember("uniform", losses.UniformTimes()),
+    TimesMember("uniform_range", losses.UniformTimes(0.1, 0.6)),
+    TimesMember("importance", losses.ImportanceTimes()),
+    TimesMember("log_normal", losses.LogNormalTimes()),
+    TimesMember("discrete", losses.DiscreteTimes(10)),
+    TimesMember("stratified", losses.StratifiedTimes(), coupled=True),
+]
+
+
+class Training(NamedTuple):
+    """A loss with a weighting and times: each member once, with the first of the others."""
+
+    loss_member: LossMember
+    weight_member: WeightMember
+    times_member: TimesMember
+
+    @property
+    def name(self) -> str:
+        return "-".join(member.name for member in self)
+
+    def __call__(self, key, denoise, process, x0, **changes):
+        """The losses of a batch, (B,)."""
+        given = {"times": self.times_member.times, "weight": self.weight_member.weight} | changes
+        return self.loss_member.loss(key, denoise, process, x0, **given)[0]
+
+
+TRAININGS = (
+    [Training(loss, WEIGHTS[0], TIMES[0]) for loss in LOSSES]
+    + [Training(LOSSES[0], weight, TIMES[0]) for weight in WEIGHTS[1:]]
+    + [Training(LOSSES[0], WEIGHTS[0], times) for times in TIMES[1:]]
+)
 
 
 def leaves_match(a: Any, b: Any) -> bool:

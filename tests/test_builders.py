@@ -62,12 +62,69 @@ def test_unknown_solver_names_the_known_ones():
 
 def test_every_solver_and_grid_can_be_named():
     config = load_config("digits").unlock()
-    for name in builders.SOLVERS:
+    for name in set(builders.SOLVERS) - {"ode"}:
         plan = builders.build_sampling(config, dj.VP(), solver=name, steps=7)
         assert plan.times.shape == (8,)
     for name in builders.GRIDS:
         config.sampling.grid = {"name": name}
         assert builders.build_sampling(config, dj.VP()).times[-1] == 0
+
+
+def test_the_ode_sampler_takes_the_ends_of_the_grid():
+    """rtol and atol of the config; from t_max to the grid's end, or t_min where that is 0."""
+    config = load_config("digits").unlock()
+    config.sampling.solver = {"name": "ode", "rtol": 1e-3, "atol": 1e-4}
+    config.sampling.grid = {"name": "uniform", "end": 0.01}
+    plan = builders.build_sampling(config, dj.VP())
+    assert plan.adaptive and plan.times.tolist() == pytest.approx([1.0, 0.01])
+    assert (plan.solver.controller.rtol, plan.solver.controller.atol) == (1e-3, 1e-4)
+    assert isinstance(plan.final, dj.Tweedie)
+    config.sampling.grid = {"name": "uniform"}
+    config.sampling.final = "keep"
+    plan = builders.build_sampling(config, dj.VP(), solver="ode")
+    assert plan.times.tolist() == pytest.approx([1.0, 1e-5])
+    assert isinstance(plan.final, dj.Keep)
+    plan = builders.build_sampling(config, dj.VP(), solver="heun", steps=4)
+    assert not plan.adaptive and plan.times.shape == (5,)
+    for solver in ("ode", dj.solvers.AdaptiveFlow()):
+        with pytest.raises(BuildError, match="steps=20 does not apply.*rtol and atol"):
+            builders.build_sampling(config, dj.VP(), solver=solver, steps=20)
+    config.sampling.solver = {"name": "ode", "rtoll": 1e-3}
+    with pytest.raises(BuildError, match="Did you mean 'rtol'"):
+        builders.build_sampling(config, dj.VP())
+
+
+@pytest.mark.parametrize(
+    ("section", "built"),
+    [
+        ({"predictor": "ancestral", "variance": "large", "corrector": "none"}, "variance='large'"),
+        ({"predictor": "none", "corrector": "ald", "snr": 0.3}, "NoPredictor(), corrector=Annea"),
+        ({"n_steps_each": 2, "noise_norm": "sqrt_dim"}, "n_steps=2, coupling='sample', noise_nor"),
+        ({"probability_flow": True, "order": "predictor_first"}, "probability_flow=True"),
+    ],
+)
+def test_the_reference_names_of_predictors_and_correctors(section, built):
+    config = load_config("digits").unlock()
+    config.sampling.solver = {"name": "pc", **section}
+    solver = builders.build_sampling(config, dj.VP()).solver
+    assert built in repr(solver)
+    assert solver.order == section.get("order", "corrector_first")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"predictor": "ancestral", "probability_flow": True}, "probability_flow is not a field"),
+        ({"corrector": "ald", "coupling": "batch"}, "coupling is not a field"),
+        ({"corrector": "langevine"}, "Did you mean 'langevin'"),
+        ({"order": "both"}, "order must be one of"),
+    ],
+)
+def test_what_a_predictor_or_corrector_does_not_take(section, message):
+    config = load_config("digits").unlock()
+    config.sampling.solver = {"name": "pc", **section}
+    with pytest.raises(BuildError, match=message):
+        builders.build_sampling(config, dj.VP())
 
 
 def test_a_solver_by_value_is_taken_as_it_is():

@@ -12,6 +12,27 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
 
 
+def check_tour(printed):
+    """The exact denoiser's log-densities are the mixture's."""
+    gaps = {line.split(":")[0]: line for line in printed.splitlines() if "truth" in line}
+    exact = float(gaps["exact"].split("=")[1].split()[0])
+    assert abs(exact) < 0.05, printed
+
+
+def check_controllable(printed):
+    """Samples are of the class, and meet their measurements."""
+    lines = dict(line.split(": ") for line in printed.splitlines())
+    shares = [float(text.split("%")[0]) for name, text in lines.items() if "scale" in name]
+    errors = [float(text.split()[-1]) for text in lines.values() if "measurement" in text]
+    assert len(shares) == 2, printed
+    assert min(shares) > 99, printed
+    assert len(errors) == 3, printed
+    assert max(errors) < 1e-6, printed
+
+
+CHECKS = {"tour": check_tour, "controllable": check_controllable}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_notebook_runs(script, tmp_path):
     environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": ""}
@@ -20,9 +41,7 @@ def test_a_notebook_runs(script, tmp_path):
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    gaps = {line.split(":")[0]: line for line in run.stdout.splitlines() if "truth" in line}
-    exact = float(gaps["exact"].split("=")[1].split()[0])
-    assert abs(exact) < 0.05, run.stdout
+    CHECKS[script.stem](run.stdout)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

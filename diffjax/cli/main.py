@@ -9,7 +9,10 @@ VERBS = {
     "train": "train a model into a workdir, or go on with one",
     "sample": "draw images from a trained model",
     "evaluate": "measure a trained model",
+    "import": "make a workdir of another code's weights",
 }
+# A verb whose name no Python module can have.
+_MODULES = {"import": "import_weights"}
 
 USAGE = """diffjax: score-based diffusion models in JAX.
 
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        module = importlib.import_module(f"diffjax.cli.{verb}")
+        module = importlib.import_module(f"diffjax.cli.{_MODULES.get(verb, verb)}")
     except ModuleNotFoundError as error:
         print(
             f"diffjax: the command needs the package {error.name!r}; pip install 'diffjax[train]'.",

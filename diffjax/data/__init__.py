@@ -8,6 +8,7 @@ Importing this needs no data package; each is imported where it is used (`pip in
 'diffjax[data]'`), and none of them imports TensorFlow.
 """
 
+from diffjax.data.augment import Augment
 from diffjax.data.pipeline import Batches, EvalBatches, TrainBatches, prefetch
 from diffjax.data.prepared import TfdsSource, digits_source, tfds_source
 from diffjax.data.sources import (
@@ -23,7 +24,7 @@ from diffjax.data.sources import (
 from diffjax.data.transforms import model_input, random_flip
 
 __all__ = [
-    "ArraySource", "Batches", "DataInfo", "EvalBatches", "Example", "FolderSource", "Source",
-    "TfdsSource", "TrainBatches", "array_source", "digits_source", "folder_source", "in_memory",
-    "model_input", "prefetch", "random_flip", "tfds_source",
+    "ArraySource", "Augment", "Batches", "DataInfo", "EvalBatches", "Example", "FolderSource",
+    "Source", "TfdsSource", "TrainBatches", "array_source", "digits_source", "folder_source",
+    "in_memory", "model_input", "prefetch", "random_flip", "tfds_source",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Training objectives: denoising score matching, its weightings and its times."""
 
-from diffjax.losses.matching import Reduce, denoising_score_matching, half_sum, mean
+from diffjax.losses.classification import classification
+from diffjax.losses.matching import Reduce, denoising_score_matching, half_sum, mean, total
 from diffjax.losses.times import (
     DiscreteTimes,
     ImportanceTimes,
@@ -27,7 +28,9 @@ __all__ = [
     "Times",
     "UniformTimes",
     "Weight",
+    "classification",
     "denoising_score_matching",
     "half_sum",
     "mean",
+    "total",
 ]

@@ -6,9 +6,10 @@ time sampler's weight, (a, b) the row of the weighting, D the elements of one sa
     x_t  = alpha(t) x0 + sigma(t) eps                                                          (1)
     loss = w reduce(|a (x0^ - x0) + b (eps^ - eps)|^2)                                         (2)
 
-`reduce` takes a sample's D squares to one number: their `mean`, or `half_sum`, half their sum as in
-the reference code's `reduce_mean=False`. Adam hardly sees the factor of D/2 between them, clipping
-of the gradient does. The minimiser over all functions is the posterior mean for every weighting.
+`reduce` takes a sample's D squares to one number: their `mean`, their sum (`total`, EDM's), or
+`half_sum`, half of it as in the reference code's `reduce_mean=False`. Adam hardly sees the factors
+of about D between them, clipping of the gradient does. The minimiser over all functions is the
+posterior mean for every weighting.
 
 Reference: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations",
 2021, https://arxiv.org/abs/2011.13456, eq. 7.
@@ -39,6 +40,11 @@ def mean(squares: PyTree) -> Array:
 def half_sum(squares: PyTree) -> Array:
     """Half the sum over the D elements of each sample, (B,)."""
     return sum_per_sample(squares) / 2
+
+
+def total(squares: PyTree) -> Array:
+    """The sum over the D elements of each sample, (B,)."""
+    return sum_per_sample(squares)
 
 
 def denoising_score_matching(

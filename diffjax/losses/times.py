@@ -7,7 +7,7 @@ log-SNR, sigma~ = sigma/alpha the noise level; N a number of levels.
     importance   lam(t) = lam_0 + u (lam_1 - lam_0), the ends at t_min and t_max
                  weight (lam_0 - lam_1) / ((t_max - t_min) (-d lam/dt))                          (2)
     log-normal   ln sigma~(t) = mean + std Phi^-1(u)                 weight 1                    (3)
-    discrete     t = (k + 1)/N,  k = floor(u N)                      weight 1                    (4)
+    discrete     t = (k + 1)/N, or k/(N - 1),  k = floor(u N)        weight 1                    (4)
     stratified   u_i = (u + i/B) mod 1, one u for the batch, in (1) ... (4)                      (5)
 
 A sampler says which mean over t a loss estimates, and how. (1) and (2) estimate the same, that over
@@ -21,7 +21,8 @@ without knowing i and B. A single time is still distributed as the inner sampler
 losses stay unbiased. Under a mesh i and B are those of the whole batch; inside `shard_map` they are
 the shard's.
 
-(4) is the grid of `processes.Tabulated`: level k stands at t = (k + 1)/N.
+The first form of (4) is the grid of `processes.Tabulated`: level k stands at t = (k + 1)/N. The
+second takes in both ends of [0, 1]: the geometric levels of NCSN on `processes.VE`.
 
 References:
 [1] Song, Durkan, Murray, Ermon, "Maximum Likelihood Training of Score-Based Diffusion Models",
@@ -32,7 +33,7 @@ References:
     https://arxiv.org/abs/2206.00364, table 1.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -71,39 +72,44 @@ def _uniforms(keys: Key) -> Array:
     return random.uniform_like(keys, "t", jnp.empty(keys.shape, float))
 
 
-def _range(process: Process, t_min: Number | None, t_max: Number | None) -> tuple[Number, Number]:
-    low = process.t_min if t_min is None else t_min
-    high = process.t_max if t_max is None else t_max
-    return low, high
+class _ByQuantile:
+    """A sampler that maps each sample's u by its quantile function."""
 
-
-def _check_range(t_min: Number | None, t_max: Number | None) -> None:
-    checks.non_negative("t_min", t_min)
-    checks.less("t_min", t_min, "t_max", t_max)
+    def __call__(self: TimeDistribution, keys: Key, process: Process) -> Times:
+        """keys: (B,)."""
+        return self.quantile(process, _uniforms(keys))
 
 
 @pytree
-class UniformTimes:
-    """Eq. (1). t_min, t_max: None for the process's own."""
+class _Ranged(_ByQuantile):
+    """A distribution over a range of times. t_min, t_max: None for the process's own."""
 
     t_min: Number | None = None
     t_max: Number | None = None
 
     def __post_init__(self):
-        _check_range(self.t_min, self.t_max)
+        checks.non_negative("t_min", self.t_min)
+        checks.less("t_min", self.t_min, "t_max", self.t_max)
 
-    def __call__(self, keys: Key, process: Process) -> Times:
-        """keys: (B,)."""
-        return self.quantile(process, _uniforms(keys))
+    def range(self, process: Process) -> tuple[Number, Number]:
+        """(t_min, t_max)."""
+        low = process.t_min if self.t_min is None else self.t_min
+        high = process.t_max if self.t_max is None else self.t_max
+        return low, high
+
+
+@pytree
+class UniformTimes(_Ranged):
+    """Eq. (1). t_min, t_max: None for the process's own."""
 
     def quantile(self, process: Process, u: Array) -> Times:
         """Eq. (1)."""
-        low, high = _range(process, self.t_min, self.t_max)
+        low, high = self.range(process)
         return Times(low + u * (high - low), jnp.ones_like(u))
 
 
 @pytree
-class ImportanceTimes:
+class ImportanceTimes(_Ranged):
     """Eq. (2): the mean over uniform t, from times that are uniform in the log-SNR.
 
     Lowers the variance under `weights.Likelihood`, whose product with the weight is constant.
@@ -111,19 +117,9 @@ class ImportanceTimes:
     t_max < 1).
     """
 
-    t_min: Number | None = None
-    t_max: Number | None = None
-
-    def __post_init__(self):
-        _check_range(self.t_min, self.t_max)
-
-    def __call__(self, keys: Key, process: Process) -> Times:
-        """keys: (B,)."""
-        return self.quantile(process, _uniforms(keys))
-
     def quantile(self, process: Process, u: Array) -> Times:
         """Eq. (2). Raises ValueError where the log-SNR is infinite at an end."""
-        low, high = _range(process, self.t_min, self.t_max)
+        low, high = self.range(process)
         first, last = finite_log_snr(process, low, high)
         t = jnp.clip(inverse_log_snr(process, first + u * (last - first)), low, high)
         fall = rates(process, t).g2 / process.coeffs(t).sigma ** 2  # -d lam/dt
@@ -131,7 +127,7 @@ class ImportanceTimes:
 
 
 @pytree
-class LogNormalTimes:
+class LogNormalTimes(_ByQuantile):
     """Eq. (3): ln sigma~ is normal, under any process; the defaults are EDM's [3].
 
     Times are clipped to the process's [t_min, t_max]: noise levels beyond are asked at the end. For
@@ -144,10 +140,6 @@ class LogNormalTimes:
     def __post_init__(self):
         checks.positive("std", self.std)
 
-    def __call__(self, keys: Key, process: Process) -> Times:
-        """keys: (B,)."""
-        return self.quantile(process, _uniforms(keys))
-
     def quantile(self, process: Process, u: Array) -> Times:
         """Eq. (3)."""
         half_step = jnp.finfo(u.dtype).eps / 2  # u = 0 would be a noise level of 0
@@ -157,22 +149,24 @@ class LogNormalTimes:
 
 
 @pytree
-class DiscreteTimes:
-    """Eq. (4): one of N levels with equal probability. levels: N."""
+class DiscreteTimes(_ByQuantile):
+    """Eq. (4): one of N levels with equal probability.
+
+    levels: N. placement: "right" for t = (k + 1)/N, "ends" for t = k/(N - 1), N > 1.
+    """
 
     levels: int = static()
+    placement: Literal["right", "ends"] = static(default="right")
 
     def __post_init__(self):
-        checks.at_least("levels", self.levels, 1)
-
-    def __call__(self, keys: Key, process: Process) -> Times:
-        """keys: (B,)."""
-        return self.quantile(process, _uniforms(keys))
+        checks.one_of("placement", self.placement, ("right", "ends"))
+        checks.at_least("levels", self.levels, 1 if self.placement == "right" else 2)
 
     def quantile(self, process: Process, u: Array) -> Times:
         """Eq. (4)."""
         k = jnp.minimum(jnp.floor(u * self.levels), self.levels - 1)
-        return Times((k + 1) / self.levels, jnp.ones_like(u))
+        t = (k + 1) / self.levels if self.placement == "right" else k / (self.levels - 1)
+        return Times(t, jnp.ones_like(u))
 
 
 @pytree

@@ -35,7 +35,8 @@ import numpy as np
 
 from diffjax.core.checks import at_least
 from diffjax.core.types import Array, Key
-from diffjax.metrics.moments import Moments, Pair, update, zeros
+from diffjax.metrics.moments import Moments, update, zeros
+from diffjax.metrics.sums import float64
 
 
 class SplitReference(NamedTuple):
@@ -50,7 +51,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     Raises ValueError for fewer than two features in a set.
     """
-    return gaussian_distance(*_gaussian("a", a), *_gaussian("b", b))
+    return gaussian_distance(*gaussian("a", a), *gaussian("b", b))
 
 
 def gaussian_distance(
@@ -100,16 +101,15 @@ def split_reference(key: Key, features: Array, n: int, splits: int = 10) -> Spli
     return SplitReference(float(np.mean(distances)), float(np.std(distances, ddof=1)))
 
 
-def _gaussian(name: str, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased covariance in float64, which keeps both halves of a Pair."""
+def gaussian(name: str, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (F,) and unbiased covariance (F, F) in float64, which keeps both halves of a Pair.
+
+    Raises ValueError, naming the moments, for fewer than two features.
+    """
     count = int(moments.count)
     if count < 2:
         raise ValueError(f"A covariance needs at least 2 features; moments {name} hold {count}.")
-    return _float64(moments.mean), _float64(moments.scatter) / (count - 1)
-
-
-def _float64(pair: Pair) -> np.ndarray:
-    return np.asarray(pair.hi, np.float64) + np.asarray(pair.lo, np.float64)
+    return float64(moments.mean), float64(moments.scatter) / (count - 1)
 
 
 def _root(name: str, cov: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ r"""The blocks of DDPM++ and NCSN++: normalisation, attention, residual and resa
 Symbols: x is an image of features (B, H, W, C); temb is the embedding of the noise level (B, D).
 
     (1)  norm(x)   = (x - mean) / sqrt(var + 1e-6) * scale + bias,  over H, W and the channels of a
-                     group, in min(C // 4, 32) groups
+                     group, in min(C // 4, 32) groups (32 in the first DDPM)
     (2)  ddpm:       h = conv3x3(act(norm(x))) + dense(act(temb))
                      h = conv3x3(dropout(act(norm(h))))
                      y = join(x, h)                               join(x, h) = x + h, or
@@ -79,25 +79,38 @@ def dropout(keys: Array, x: Array, rate: float) -> Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, eq. (1), and the activation that follows it."""
+    """Group normalisation, eq. (1), and the activation that follows it.
+
+    groups: how many; None for min(C // 4, 32).
+    """
 
     dtype: Dtype = jnp.float32
     act: Activation | None = None
+    groups: int | None = None
+    epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: (B, H, W, C). Raises ValueError where C does not split into groups."""
+    def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
+        """x: (B, H, W, C). Raises ValueError where C does not split into groups.
+
+        film: a further factor and shift before the activation, each (B, C).
+        """
         channels = x.shape[-1]
-        groups = min(channels // 4, 32)
+        groups = min(channels // 4, 32) if self.groups is None else self.groups
         if groups == 0 or channels % groups:
+            rule = f"min(C // 4, 32) = {groups}" if self.groups is None else str(groups)
             raise ValueError(
-                f"{channels} channels do not split into min(C // 4, 32) = {groups} equal groups. "
+                f"{channels} channels do not split into {rule} equal groups. "
                 "Choose nf and ch_mult so that every width, also of two joined, does: nf = 32 k."
             )
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
-        gain, shift = _normaliser(x.astype(wide(self.dtype)), groups, scale, bias)
+        wide_x = x.astype(wide(self.dtype))
+        gain, shift = _normaliser(wide_x, groups, self.epsilon, scale, bias)
+        if film is not None:
+            factor, more = (v[:, None, None, :].astype(gain.dtype) for v in film)
+            gain, shift = gain * factor, shift * factor + more
 
         # Kept for the backward pass: x, gain and shift. Recomputing the rest is cheaper than
         # reading it, and takes a sixth off the memory of a train step.
@@ -109,7 +122,9 @@ class GroupNorm(nn.Module):
         return affine_act(x, gain, shift)
 
 
-def _normaliser(x: Array, groups: int, scale: Array, bias: Array) -> tuple[Array, Array]:
+def _normaliser(
+    x: Array, groups: int, epsilon: float, scale: Array, bias: Array
+) -> tuple[Array, Array]:
     """The gain and shift, each (B, 1, 1, C), with norm(x) = x gain + shift."""
     batch, channels = x.shape[0], x.shape[-1]
 
@@ -119,7 +134,7 @@ def _normaliser(x: Array, groups: int, scale: Array, bias: Array) -> tuple[Array
 
     mean = group_mean(x)
     var = jnp.maximum(group_mean(jnp.square(x)) - jnp.square(mean), 0)
-    gain = jax.lax.rsqrt(var + 1e-6) * scale[None].astype(x.dtype)
+    gain = jax.lax.rsqrt(var + epsilon) * scale[None].astype(x.dtype)
     shift = bias[None].astype(x.dtype) - mean * gain
     return gain[:, None, None, :], shift[:, None, None, :]
 
@@ -240,25 +255,34 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 
 
 class AttnBlockpp(nn.Module):
-    """Self-attention over all pixels, eq. (4)."""
+    """Self-attention over all pixels, eq. (4).
+
+    groups: of the normalisation, see `GroupNorm`.  nin_init_scale: that of q, k and v.
+    """
 
     skip_rescale: bool
     init_scale: float
     dtype: Dtype = jnp.float32
+    groups: int | None = None
+    nin_init_scale: float = 0.1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x: (B, H, W, C), kept in shape."""
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.dtype)(x).reshape(batch, height * width, channels)
-        q, k, v = (NIN(channels, dtype=self.dtype)(h) for _ in range(3))
+        h = GroupNorm(self.dtype, groups=self.groups)(x).reshape(batch, height * width, channels)
+        q, k, v = (NIN(channels, self.nin_init_scale, self.dtype)(h) for _ in range(3))
         h = attend(q, k, v).reshape(x.shape)
         h = NIN(channels, self.init_scale, self.dtype)(h)
         return join(x, h, self.skip_rescale)
 
 
 class ResnetBlockDDPMpp(nn.Module):
-    """The residual block of DDPM, eq. (2). features: the width of the result; None keeps it."""
+    """The residual block of DDPM, eq. (2).
+
+    features: the width of the result; None keeps it.  groups: of the normalisation, see
+    `GroupNorm`.  nin_init_scale: that of the shortcut where the width changes.
+    """
 
     act: Activation
     dropout: float
@@ -266,6 +290,8 @@ class ResnetBlockDDPMpp(nn.Module):
     init_scale: float
     features: int | None = None
     dtype: Dtype = jnp.float32
+    groups: int | None = None
+    nin_init_scale: float = 0.1
 
     @nn.compact
     def __call__(self, source: Source, temb: Array | None) -> Array:
@@ -273,10 +299,10 @@ class ResnetBlockDDPMpp(nn.Module):
         parts, keys = source
         x = jnp.concatenate(parts, axis=-1)
         features = self.features or x.shape[-1]
-        h = GroupNorm(self.dtype, self.act)(x)
-        h = _body(self, h, temb, keys, features)
+        h = GroupNorm(self.dtype, self.act, self.groups)(x)
+        h = _body(self, h, temb, keys, features, self.groups)
         if x.shape[-1] != features:
-            x = NIN(features, dtype=self.dtype)(x)
+            x = NIN(features, self.nin_init_scale, self.dtype)(x)
         return join(x, h, self.skip_rescale)
 
 
@@ -318,13 +344,14 @@ def _body(
     temb: Array | None,
     keys: Array | None,
     features: int,
+    groups: int | None = None,
 ) -> Array:
     """What both residual blocks do between their resampling and their sum, within their scope."""
     h = conv3x3(features, block.dtype)(h)
     if temb is not None:
         shift = dense(features, block.dtype)(block.act(temb))
         h = h + shift[:, None, None].astype(h.dtype)
-    h = GroupNorm(block.dtype, block.act)(h)
+    h = GroupNorm(block.dtype, block.act, groups)(h)
     if keys is not None:
         h = dropout(keys, h, block.dropout)
     return conv3x3(features, block.dtype, block.init_scale)(h)

@@ -94,7 +94,7 @@ def embed_label(
     nf: int,
     *,
     embedding_type: EmbeddingType,
-    fourier_scale: float,
+    fourier_scale: float = 16.0,
     act: Activation,
     num_classes: int | None,
 ) -> Array:

@@ -21,16 +21,14 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from diffjax.core import checks
-from diffjax.core.types import Array, PyTree
-from diffjax.nets import resample
+from diffjax.core.types import Array
+from diffjax.nets import frame, resample
 from diffjax.nets.blocks import (
     AttnBlockpp,
     Combine,
@@ -46,12 +44,10 @@ from diffjax.nets.embed import (
     Activation,
     Dtype,
     EmbeddingType,
-    check_dtype,
     embed_label,
     per_sample,
     wide,
 )
-from diffjax.nets.recompute import recompute
 
 Block = Callable[..., Array]
 Attention = Callable[[Array], Array]
@@ -83,11 +79,14 @@ class NCSNpp(nn.Module):
     Label and condition:
       conditional: whether the network sees the label at all.
       embedding_type: "fourier" (label is sigma > 0; the network takes its logarithm) or
-        "positional" (label of the order of 0 to 1000, such as 999 t).
+        "positional" (label of the order of 0 to 1000, such as 999 t), or "given": the label is temb
+        itself, (B, D), which another module made (see `songunet`).
       fourier_scale: standard deviation of the random frequencies.
       num_classes: K for class labels 0..K-1 as `cond`, -1 standing for no class; None for none.
       centered: x lies in [-1, 1]; False maps x in [0, 1] to 2 x - 1 first.
-      scale_by_sigma: divides the result by sigma, the label of a "fourier" network.
+      scale_by_sigma: divides the result by sigma: the label of a "fourier" network; of a
+        "positional" one, level number `label` of num_scales geometric ones from sigma_max (label 0)
+        down to sigma_min.
 
     Cost:
       dtype: type of the convolutions; parameters stay float32, and so do normalisation, softmax and
@@ -116,11 +115,14 @@ class NCSNpp(nn.Module):
     progressive_combine: Literal["sum", "cat"] = "sum"
 
     conditional: bool = True
-    embedding_type: EmbeddingType = "fourier"
+    embedding_type: EmbeddingType | Literal["given"] = "fourier"
     fourier_scale: float = 16.0
     num_classes: int | None = None
     centered: bool = True
     scale_by_sigma: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    num_scales: int | None = None
 
     dtype: Dtype = jnp.float32
     remat: bool = False
@@ -144,11 +146,16 @@ class NCSNpp(nn.Module):
         Returns x's shape with out_channels, in float32 or wider.
         """
         batched = x.ndim == 4
-        x = x if batched else x[None]
-        self._check_image(x)
-        label = per_sample("label", label, x.shape[:1]).astype(wide(self.dtype))
-        temb = None
-        if self.conditional:
+        x = frame.as_batch(x)
+        frame.check_unet_image(x, self.ch_mult, self.attn_resolutions)
+        temb: Array | None = None
+        if self.embedding_type == "given":
+            temb = _check_embedding(label, len(x)).astype(wide(self.dtype))
+        else:
+            if self.embedding_type == "positional":
+                frame.check_index(label, self)
+            label = per_sample("label", label, x.shape[:1]).astype(wide(self.dtype))
+        if self.embedding_type != "given" and self.conditional:
             temb = embed_label(
                 label,
                 cond,
@@ -171,7 +178,8 @@ class NCSNpp(nn.Module):
 
         h = h.astype(wide(self.dtype))
         if self.scale_by_sigma:
-            h = h / label[:, None, None, None]
+            fourier = self.embedding_type == "fourier"
+            h = frame.divide(h, label if fourier else frame.index_sigma(label, self))
         return h if batched else h[0]
 
     def _encode(self, x: Array, block: Block, attention: Attention) -> list[Array]:
@@ -278,23 +286,12 @@ class NCSNpp(nn.Module):
         else:
             block = ResnetBlockDDPMpp(**shared)
         x = (parts, None if keys is None else next(keys))
-        return self._run(block, x, temb, train=train)
+        return frame.run(self, block, x, temb, remat=self.remat and train)
 
     def _attention(self, h: Array, *, train: bool) -> Array:
         """A new attention block, applied to h."""
         block = AttnBlockpp(self.skip_rescale, self.init_scale, self.dtype)
-        return self._run(block, h, train=train)
-
-    def _run(self, block: nn.Module, *args: PyTree, train: bool) -> Array:
-        """Calls the block, which keeps its values for the backward pass or is recomputed there."""
-        if not (self.remat and train) or self.is_initializing():
-            return block(*args)
-        free, variables = block.unbind()
-
-        def apply(x: PyTree, variables: PyTree, *rest: PyTree) -> Array:
-            return cast(Array, free.apply(variables, x, *rest))
-
-        return recompute(apply)(args[0], variables, *args[1:])
+        return frame.run(self, block, h, remat=self.remat and train)
 
     def _dropout_keys(self, x: Array, train: bool) -> Iterator[Array] | None:
         """Keys (B,) for each residual block in turn, or None where nothing is dropped."""
@@ -303,48 +300,36 @@ class NCSNpp(nn.Module):
         levels = len(self.ch_mult)
         resizes = 2 * (levels - 1) if self.resblock_type == "biggan" else 0
         blocks = levels * (2 * self.num_res_blocks + 1) + resizes + 2
-        # Samples lead, so that a sample's keys do not depend on the size of the batch.
-        keys = jax.random.split(self.make_rng("dropout"), (x.shape[0], blocks))
-        return (keys[:, i] for i in range(blocks))
+        return frame.dropout_keys(self, x.shape[0], blocks)
 
-    def _check_image(self, x: Array) -> None:
-        if x.ndim != 4:
-            raise ValueError(f"x must have shape (B, H, W, C) or (H, W, C); got {x.shape}.")
-        height, width = x.shape[1:3]
-        factor = 2 ** (len(self.ch_mult) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"{len(self.ch_mult)} levels need a height and width divisible by {factor}; got "
-                f"{height} x {width}. Pad the images, or shorten ch_mult."
-            )
-        heights = [height >> level for level in range(len(self.ch_mult))]
-        unmet = [size for size in self.attn_resolutions if size not in heights]
-        if unmet:
-            raise ValueError(
-                f"attn_resolutions must be heights of the levels, here {heights}; got {unmet}."
-            )
+
+def _check_embedding(temb: Array, batch: int) -> Array:
+    """temb if it is (batch, D); raises ValueError for any other shape."""
+    if temb.ndim != 2 or temb.shape[0] != batch:
+        raise ValueError(
+            f"an embedding that is given must have shape ({batch}, D); got {temb.shape}."
+        )
+    return temb
 
 
 def _check_options(net: NCSNpp) -> None:
     """Raises ValueError or TypeError for options that cannot be used."""
-    checks.at_least("nf", net.nf, 4)
-    checks.at_least("num_res_blocks", net.num_res_blocks, 1)
-    checks.at_least("len(ch_mult)", len(net.ch_mult), 1)
-    checks.positive("ch_mult", np.asarray(net.ch_mult))
-    checks.non_negative("dropout", net.dropout)
-    checks.less("dropout", net.dropout, "one", 1.0)
+    frame.check_unet(net)
     checks.non_negative("init_scale", net.init_scale)
     checks.positive("fourier_scale", net.fourier_scale)
     checks.one_of("resblock_type", net.resblock_type, ("ddpm", "biggan"))
     checks.one_of("progressive", net.progressive, ("none", "output_skip", "residual"))
     checks.one_of("progressive_input", net.progressive_input, ("none", "input_skip", "residual"))
     checks.one_of("progressive_combine", net.progressive_combine, ("sum", "cat"))
-    checks.one_of("embedding_type", net.embedding_type, ("fourier", "positional"))
+    checks.one_of("embedding_type", net.embedding_type, ("fourier", "positional", "given"))
+    if net.embedding_type == "given" and (
+        net.num_classes is not None or net.scale_by_sigma or not net.conditional
+    ):
+        raise ValueError(
+            "embedding_type='given' leaves label and class to the caller: num_classes, "
+            "scale_by_sigma and conditional=False have no meaning. Leave them at their defaults."
+        )
     resample.normalised(net.fir_kernel)
-    check_dtype(net.dtype)
-    for name in ("out_channels", "num_classes"):
-        if getattr(net, name) is not None:
-            checks.at_least(name, getattr(net, name), 1)
     if net.resblock_type == "biggan" and not net.resamp_with_conv:
         raise ValueError(
             "resamp_with_conv=False has no meaning for resblock_type='biggan', whose blocks change "
@@ -355,12 +340,10 @@ def _check_options(net: NCSNpp) -> None:
             "progressive_combine='cat' is used by progressive_input='input_skip' only; got "
             f"progressive_input={net.progressive_input!r}."
         )
-    if net.num_classes is not None and not net.conditional:
+    if net.embedding_type == "positional":
+        frame.check_scales(net)
+    elif not (net.sigma_min is net.sigma_max is net.num_scales is None):
         raise ValueError(
-            "num_classes needs conditional=True: classes enter through the label's embedding."
-        )
-    if net.scale_by_sigma and net.embedding_type != "fourier":
-        raise ValueError(
-            "scale_by_sigma needs embedding_type='fourier', whose label is sigma; a positional "
-            "label names no noise level. Divide the network's result by sigma outside."
+            "sigma_min, sigma_max and num_scales belong to embedding_type='positional'; the label "
+            "of a 'fourier' network is sigma itself. Leave them None."
         )

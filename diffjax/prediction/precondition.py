@@ -17,6 +17,7 @@ and the conventions of the Score-SDE code (unscaled inputs):
 
     VP, sub-VP continuous   999 t, whatever the number of levels        score_sde_vp()
     VP discrete             (N - 1) t, not rounded                      score_sde_vp(levels=N)
+      trained, at a level   k = N t - 1, as DDPM's loss and sampler     ddpm(levels=N)
     VE continuous           sigma                                       score_sde_ve()
     VE discrete             round((1 - t)(N - 1)): 0 is the noisiest    score_sde_ve(levels=N)   (6)
 
@@ -152,17 +153,37 @@ class DescendingIndex:
     """label = round((1 - t)(N - 1)) as a float, eq. (6): level 0 has the most noise.
 
     Exact on a grid that ends at 1e-5; on one that ends at 1e-3 half of the labels are off by one,
-    in the reference code too.
+    in the reference code too. rounded: False leaves the label between two levels, for grids finer
+    than those of training.
     """
 
     levels: int = static()
+    rounded: bool = static(default=True)
 
     def __post_init__(self):
         checks.at_least("levels", self.levels, 2)
 
     def __call__(self, process: Process, t: Array) -> Array:
         """Shaped like t."""
-        return jnp.round((1 - jnp.asarray(t)) * (self.levels - 1))
+        index = (1 - jnp.asarray(t)) * (self.levels - 1)
+        return jnp.round(index) if self.rounded else index
+
+
+@pytree
+class LevelIndex:
+    """label = max(N t - 1, 0), a float: the index k of the level at t = (k + 1)/N.
+
+    Exact on the levels of `processes.Tabulated`, between two of them in proportion.
+    """
+
+    levels: int = static()
+
+    def __post_init__(self):
+        checks.at_least("levels", self.levels, 1)
+
+    def __call__(self, process: Process, t: Array) -> Array:
+        """Shaped like t."""
+        return jnp.maximum(self.levels * jnp.asarray(t) - 1, 0)
 
 
 class Precondition(NamedTuple):
@@ -207,7 +228,19 @@ def score_sde_vp(levels: int | None = None) -> Precondition:
     return Precondition(Eps(), Unscaled(), Time(999.0 if levels is None else levels - 1.0))
 
 
-def score_sde_ve(levels: int | None = None) -> Precondition:
-    """VE networks of the Score-SDE code, which divide by sigma themselves; eq. (6) with levels."""
-    label = NoiseLevel() if levels is None else DescendingIndex(levels)
+def ddpm(levels: int = 1000) -> Precondition:
+    """Networks trained on DDPM's N levels: level k is told by k, and stands at t = (k + 1)/N.
+
+    The Score-SDE code trains them so and samples with the labels of `score_sde_vp(levels)`, which
+    are off by up to one.
+    """
+    return Precondition(Eps(), Unscaled(), LevelIndex(levels))
+
+
+def score_sde_ve(levels: int | None = None, rounded: bool = True) -> Precondition:
+    """VE networks of the Score-SDE code, which divide by sigma themselves; eq. (6) with levels.
+
+    rounded: see `DescendingIndex`.
+    """
+    label = NoiseLevel() if levels is None else DescendingIndex(levels, rounded)
     return Precondition(Score(), Unscaled(), label)

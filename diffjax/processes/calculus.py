@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from diffjax.core import random
 from diffjax.core.numerics import combine, scale, size_per_sample, sum_per_sample
-from diffjax.core.types import Array, Coeffs, Key, Prediction, PyTree, Rates
+from diffjax.core.types import Array, Coeffs, Key, Number, Prediction, PyTree, Rates
 from diffjax.processes.base import Process
 
 
@@ -185,10 +185,12 @@ def score(process: Process, prediction: Prediction, t: Array) -> PyTree:
     return scale(-1 / process.coeffs(t).sigma, prediction.eps)
 
 
-def reverse_drift(process: Process, x_t: PyTree, prediction: Prediction, t: Array) -> PyTree:
-    """f x - g^2 s, eq. (5), like x_t; its diffusion is g."""
+def reverse_drift(
+    process: Process, x_t: PyTree, prediction: Prediction, t: Array, *, share: Number = 1.0
+) -> PyTree:
+    """f x - share g^2 s, eq. (5), like x_t; its diffusion is g. share: 1/2 for eq. (6)."""
     f, g2 = rates(process, t)
-    return combine((f, x_t), (g2 / process.coeffs(t).sigma, prediction.eps))
+    return combine((f, x_t), (share * g2 / process.coeffs(t).sigma, prediction.eps))
 
 
 def velocity(process: Process, prediction: Prediction, t: Array) -> PyTree:

@@ -139,8 +139,10 @@ class Tabulated:
         """
         _, log_abar = self._knots()
         n = self.log_alphas_cumprod.shape[0]
-        # (k, k + 1]: the discrete step that led to t, as in `transition(t, t - 1/N)`.
-        k = jnp.clip(jnp.ceil(jnp.asarray(t) * n).astype(jnp.int32) - 1, 0, n - 1)
+        # (k, k + 1]: the discrete step that led to t, as in `transition(t, t - 1/N)`. A thousandth
+        # of a level above a knot is still the knot, which float32 times miss by that or less.
+        place = jnp.ceil(jnp.asarray(t) * n - 1e-3).astype(jnp.int32)
+        k = jnp.clip(place - 1, 0, n - 1)
         f = jnp.diff(log_abar)[k] * (n / 2)
         return Rates(f, -2 * f)
 

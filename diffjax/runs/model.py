@@ -1,9 +1,9 @@
 """A trained model, ready to sample and to score: `load(workdir)`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,30 @@ from jax.typing import ArrayLike
 
 from diffjax import builders
 from diffjax.core import checks, random
+from diffjax.core.numerics import batch_size as size_of
 from diffjax.core.numerics import canonical
-from diffjax.core.types import Array, Key, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.guidance import Guide
+from diffjax.inverse import Grey, LinearOperator, Mask, Replace
 from diffjax.likelihood import BitsPerDim, bits_per_dim
 from diffjax.processes import prior
 from diffjax.runs.workdir import RunError, read_config
-from diffjax.solvers import Result, Solver
+from diffjax.solvers import (
+    AdaptiveFlow,
+    PIController,
+    Result,
+    Solver,
+    encode,
+    slerp,
+    solve_adaptive,
+    temper,
+)
 from diffjax.solvers.driver import check_solve, sample
+from diffjax.solvers.ode import check_flow
 
 _draw = jax.jit(sample, static_argnames="save")
+_flow = jax.jit(solve_adaptive, static_argnames="method")
+_encode = jax.jit(encode)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,9 +60,12 @@ class Model:
         key: Key,
         num: int,
         *,
-        solver: str | Solver | None = None,
+        solver: str | Solver | AdaptiveFlow | None = None,
         steps: int | None = None,
         labels: ArrayLike | None = None,
+        latents: ArrayLike | None = None,
+        temperature: float = 1.0,
+        guide: Guide | None = None,
         batch_size: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
@@ -55,57 +73,233 @@ class Model:
 
         key: one key, or (num,), one an image; image i depends on its key alone, not on batch_size.
         solver: a name in `builders.SOLVERS` or a solver; None and steps=None are the config's.
-        labels: (num,) for a conditional model. progress: called with the images done.
+        labels: (num,) for a conditional model. latents: (num, H, W, C), where to start instead of
+        drawing from the prior. temperature: a factor on the start. guide: what leads the images,
+        such as `TrainedClassifier.guide`; where it holds something for each image it has `take`.
+        progress: called with the images done.
         """
         checks.at_least("num", num, 1)
         plan = builders.build_sampling(self.config, self.parts.process, solver=solver, steps=steps)
         keys = random.sample_keys(key, num)
         labels = self._labels(labels, num)
-        size = min(num, batch_size or self.config.eval.batch_size)
-        check_solve(self.denoiser(labels), plan.times, plan.solver, self.parts.process, plan.final)
+        given = None if latents is None else self._latents(latents, num)
+        checks.positive("temperature", temperature)
+        self._check(plan, labels, guide)
         images = []
-        for start in range(0, num, size):
-            # The tail is filled with repeats, so that every batch is one compiled shape.
-            index = np.minimum(np.arange(start, start + size), num - 1)
+        for start, index in _batches(num, batch_size or self.config.eval.batch_size):
             cond = None if labels is None else labels[index]
-            x = self.path(keys[index], plan, cond).x
-            images.append(np.asarray(self.parts.quantisation.from_model(x)))
-            progress(min(start + size, num))
+            latent = self.prior(keys[index]) if given is None else given[index]
+            own = plan._replace(solver=_taken(plan.solver, index))
+            latent = temper(latent, temperature)
+            result = self.path(keys[index], own, cond, latent, guide=_taken(guide, index))
+            if plan.adaptive:
+                _check_arrived(result)
+            images.append(np.asarray(self.parts.quantisation.from_model(result.x)))
+            progress(min(start + len(index), num))
         return np.concatenate(images)[:num]
+
+    def prior(self, keys: Key) -> Array:
+        """One latent a key, (B, H, W, C)."""
+        return prior(keys, self.parts.process, (keys.shape[0], *self.parts.image_shape))
 
     def path(
         self,
         keys: Key,
         plan: builders.Sampling,
         cond: Array | None = None,
+        latent: Array | None = None,
         save: Callable[[Any], PyTree] | None = None,
+        guide: Guide | None = None,
     ) -> Result:
-        """One batch from the prior through the solver, as `solvers.sample` returns it."""
-        shape = (keys.shape[0], *self.parts.image_shape)
-        x = prior(keys, self.parts.process, shape)
+        """One batch from a latent, or the prior, through the solver, as `solvers.sample` returns.
+
+        Raises RunError for `save` with an adaptive solver.
+        """
+        x = self.prior(keys) if latent is None else latent
         # A number means one program, whether it came as a Python, NumPy or JAX scalar.
-        denoise, solver, process = canonical((self.denoiser(cond), plan.solver, self.parts.process))
-        return _draw(
+        denoise, solver, process = canonical(
+            (self._denoiser(cond, guide), plan.solver, self.parts.process)
+        )
+        if not isinstance(solver, AdaptiveFlow):
+            return _draw(
+                keys,
+                denoise,
+                x,
+                plan.times,
+                solver=solver,
+                process=process,
+                final=plan.final,
+                save=save,
+            )
+        if save is not None:
+            raise RunError(
+                "An adaptive solve has no grid to keep states of; choose a solver of a grid, such "
+                "as solver='heun'."
+            )
+        return _flow(
             keys,
             denoise,
             x,
-            plan.times,
-            solver=solver,
+            *plan.times,
             process=process,
+            method=solver.method,
+            controller=solver.controller,
             final=plan.final,
-            save=save,
         )
 
-    def bits_per_dim(self, key: Key, images: Array, **options: Any) -> BitsPerDim:
-        """Bits/dim of uint8 images (B, H, W, C) over the data's levels; see `likelihood`."""
+    def restore(
+        self,
+        key: Key,
+        operator: LinearOperator,
+        y: ArrayLike,
+        *,
+        num: int | None = None,
+        solver: str | Solver | None = None,
+        steps: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Draws images with a given measurement A x = y, uint8 levels (num, H, W, C).
+
+        operator, y: A and its value, (num, ...) or (1, ...) for all images, of images in the
+        model's range. num: by default the length of y. The method is `diffjax.inverse.Replace`,
+        which is approximate: its page says how. solver, steps, options: as of `sample`.
+        """
+        plan = builders.build_sampling(self.config, self.parts.process, solver=solver, steps=steps)
+        given = jax.tree.map(jnp.asarray, y)
+        size = size_of(given)
+        if num is not None and size not in (1, num):
+            raise RunError(f"y must be one measurement an image, or one for all {num}; got {size}.")
+        held = Replace(plan.solver, operator, given)  # type: ignore[arg-type]  # raises if adaptive
+        return self.sample(key, num or size, solver=held, steps=steps, **options)
+
+    def inpaint(self, key: Key, images: ArrayLike, mask: ArrayLike, **options: Any) -> np.ndarray:
+        """Draws what the mask leaves open, uint8 levels; the rest stays as it is in `images`.
+
+        images: uint8 levels (B, H, W, C), or one, (1, H, W, C), with num= in the options. mask: 1
+        where known, (H, W), (H, W, C) or (H, W, 1), or one an image, (B, H, W, C) or (B, H, W, 1).
+        options: those of `restore`.
+        """
+        known = jnp.asarray(mask)
+        known = known[..., None] if known.ndim == 2 else known
+        operator = Mask(known, per_sample=known.ndim == 4 and len(known) > 1)
+        y = self.parts.quantisation.to_model(jnp.asarray(images))
+        return self.restore(key, operator, y, **options)
+
+    def colorize(self, key: Key, grey: ArrayLike, **options: Any) -> np.ndarray:
+        """Draws the colours of grey images, whose mean over the channels is kept; uint8 levels.
+
+        grey: uint8 levels (B, H, W, 1). options: those of `restore`.
+        """
+        channels = self.parts.image_shape[-1]
+        if channels < 2:
+            raise RunError(f"This model's images have {channels} channel: no colours to draw.")
+        y = self.parts.quantisation.to_model(jnp.asarray(grey))
+        return self.restore(key, Grey(channels), y, **options)
+
+    def encode(
+        self,
+        images: ArrayLike,
+        *,
+        labels: ArrayLike | None = None,
+        controller: PIController = PIController(),
+    ) -> np.ndarray:
+        """The latents of images: where the probability flow leads them, float32 (B, H, W, C).
+
+        images: uint8 levels (B, H, W, C). labels: (B,) for a conditional model.
+        """
+        x = self.parts.quantisation.to_model(jnp.asarray(images))
+        num = size_of(x)
+        cond = self._labels(labels, num)
+        denoise, process, controller = canonical(
+            (self.denoiser(cond), self.parts.process, controller)
+        )
+        keys = random.sample_keys(jax.random.key(0), num)  # the flow draws nothing
+        result = _encode(keys, denoise, process, x, controller=controller)
+        _check_arrived(result)
+        return np.asarray(result.x)
+
+    def decode(
+        self,
+        latents: ArrayLike,
+        *,
+        labels: ArrayLike | None = None,
+        controller: PIController = PIController(),
+    ) -> np.ndarray:
+        """The images of latents by the probability flow, uint8 levels (B, H, W, C).
+
+        Ends where the config's sampling does, with one denoising. labels: (B,) for a conditional
+        model.
+        """
+        return self.sample(
+            jax.random.key(0),
+            np.shape(latents)[0],
+            solver=AdaptiveFlow(controller),
+            labels=labels,
+            latents=latents,
+        )
+
+    def interpolate(
+        self,
+        first: ArrayLike,
+        second: ArrayLike,
+        num: int,
+        *,
+        labels: ArrayLike | None = None,
+        controller: PIController = PIController(),
+    ) -> np.ndarray:
+        """`num` images from each of `first` to each of `second`, uint8 (B, num, H, W, C).
+
+        first, second: uint8 levels (B, H, W, C). They are encoded, interpolated along the sphere
+        and decoded; the ends are the decoded images. labels: (B,) for a conditional model.
+        """
+        checks.at_least("num", num, 2)
+        ends = [self.encode(a, labels=labels, controller=controller) for a in (first, second)]
+        a, b = (jnp.repeat(jnp.asarray(end), num, axis=0) for end in ends)
+        batch = ends[0].shape[0]
+        between = slerp(a, b, jnp.tile(jnp.linspace(0.0, 1.0, num), batch))
+        cond = None if labels is None else np.repeat(np.asarray(labels), num)
+        images = self.decode(between, labels=cond, controller=controller)
+        return images.reshape(batch, num, *images.shape[1:])
+
+    def bits_per_dim(
+        self, key: Key, images: Array, *, labels: ArrayLike | None = None, **options: Any
+    ) -> BitsPerDim:
+        """Bits/dim of uint8 images (B, H, W, C) over the data's levels; see `likelihood`.
+
+        labels: (B,) for a conditional model, whose figure is then that of images given their class.
+        """
         return bits_per_dim(
             key,
-            self.denoiser(),
+            self.denoiser(self._labels(labels, images.shape[0])),
             self.parts.process,
             images,
             quantisation=self.parts.quantisation,
             **options,
         )
+
+    def _denoiser(self, cond: Array | None, guide: Guide | None) -> DenoiseFn:
+        plain = self.denoiser(cond)
+        return plain if guide is None else guide(plain)
+
+    def _check(
+        self, plan: builders.Sampling, cond: Array | None, guide: Guide | None = None
+    ) -> None:
+        """Raises what a solve would, before it is compiled."""
+        denoise, process = self._denoiser(cond, guide), self.parts.process
+        if isinstance(plan.solver, AdaptiveFlow):
+            check_flow(denoise, plan.times[0], plan.times[1], process, plan.final)
+        else:
+            check_solve(denoise, plan.times, plan.solver, process, plan.final)
+
+    def _latents(self, latents: ArrayLike, num: int) -> Array:
+        found = jnp.asarray(latents)
+        expected = (num, *self.parts.image_shape)
+        if found.shape != expected or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise RunError(
+                f"latents must be floating point of shape {expected}; got {found.dtype} of shape "
+                f"{found.shape}."
+            )
+        return found
 
     def _labels(self, labels: Any, num: int) -> Array | None:
         classes = self.parts.num_classes
@@ -122,12 +316,54 @@ class Model:
         return labels
 
 
+def _check_arrived(result: Result) -> None:
+    """Raises RunError where the controller gave samples up."""
+    lost = int(np.sum(~np.asarray(result.state.arrived)))
+    if lost:
+        raise RunError(
+            f"{lost} of {len(result.state.arrived)} samples did not arrive: their steps fell below "
+            "the spacing of floats or they needed more than max_steps. Raise rtol, atol or "
+            "max_steps, or use a solver of a grid."
+        )
+
+
+def _taken(value: Any, index: np.ndarray) -> Any:
+    """The value for some of the images, where it holds something for each."""
+    return value.take(index) if hasattr(value, "take") else value
+
+
+def _batches(num: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, indices) of batches; the tail is filled with repeats, so all have one shape."""
+    size = min(num, size)
+    for start in range(0, num, size):
+        yield start, np.minimum(np.arange(start, start + size), num - 1)
+
+
 def load(workdir: str | Path, *, step: int | None = None) -> Model:
     """The averaged weights of a run's checkpoint, by default the newest.
 
-    Raises RunError where the directory is no workdir, CheckpointError where no checkpoint can be
-    read.
+    Raises RunError where the directory is no workdir or holds a classifier, CheckpointError where
+    no checkpoint can be read.
     """
+    if builders.is_classifier(read_config(workdir)):
+        raise RunError(
+            f"{workdir} holds a classifier, which draws nothing: load it with "
+            "diffjax.load_classifier, and guide a model with it."
+        )
+    return Model(*read_weights(workdir, step))
+
+
+class Restored(NamedTuple):
+    """What a workdir holds: `Model`'s fields."""
+
+    config: Any
+    parts: builders.Parts
+    params: PyTree
+    step: int
+
+
+def read_weights(workdir: str | Path, step: int | None = None) -> Restored:
+    """The averaged weights of a run's checkpoint with their config. Raises as `load`."""
     from diffjax.train.checkpoint import Checkpointer
     from diffjax.train.state import abstract
 
@@ -137,4 +373,4 @@ def load(workdir: str | Path, *, step: int | None = None) -> Model:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpointer(workdir, writable=False) as checkpointer:
         params, meta = checkpointer.restore_ema(abstract(shapes, device), step)
-    return Model(config, parts, params, meta.step)
+    return Restored(config, parts, params, meta.step)

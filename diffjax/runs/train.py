@@ -47,7 +47,8 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
     source = builders.build_source(config, "train")
     optimizer, schedule = builders.build_optimizer(config)
     ema = builders.build_ema(config)
-    builders.build_sampling(config, parts.process)  # a sampler that does not fit fails now
+    if not builders.is_classifier(config):
+        builders.build_sampling(config, parts.process)  # a sampler that does not fit fails now
     devices = mesh.make_mesh()
     training = config.training
     mesh.check_batch_size(devices, training.batch_size)

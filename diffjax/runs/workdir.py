@@ -43,8 +43,8 @@ def config_directory() -> Path:
 def config_names() -> list[str]:
     """The shipped configs by name."""
     root = config_directory()
-    files = (p.relative_to(root).with_suffix("") for p in root.rglob("*.py"))
-    return sorted(f.as_posix() for f in files if f.name not in ("__init__", "common"))
+    files = (p for p in root.rglob("*.py") if "def get_config(" in p.read_text())
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in files)
 
 
 def load_config(name: str) -> ConfigDict:

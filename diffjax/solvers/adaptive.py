@@ -16,7 +16,10 @@ carried beside an image counts as much as the image, not as one element of it.
 With pc = 0, (3) is the rule of SciPy's `solve_ivp`, as is the first step [2]. After a rejection a
 step may not grow.
 
-The solve can be differentiated forwards; JAX has no reverse mode through a `while_loop`.
+Derivatives are those of the steps taken, which are held constant. Forward mode always works; JAX
+has no reverse mode through a `while_loop`. `PIController(bounded=True)` scans over `max_steps`
+attempts instead, each recomputed backwards: reverse mode works, for max_steps times the memory of
+the state and the overhead of attempts that are skipped.
 
 References:
 [1] Dormand, Prince, "A family of embedded Runge-Kutta formulae", 1980,
@@ -35,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core import checks
+from diffjax.core.autodiff import forward_only
 from diffjax.core.numerics import (
     batch_size,
     combine,
@@ -43,6 +47,12 @@ from diffjax.core.numerics import (
 )
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, Number, PyTree
+
+NO_REVERSE = (
+    "An adaptive solve runs as long as it must, so reverse mode cannot go through it. Use forward "
+    "mode (jax.jvp, jax.jacfwd), or PIController(bounded=True, max_steps=...), which takes at most "
+    "that many steps and stores the state of each, or a solver over a grid under diffjax.sample."
+)
 
 VectorField = Callable[[Array, PyTree], PyTree]  # (t (B,), y) -> dy/dt like y
 
@@ -91,7 +101,8 @@ class PIController:
 
     rtol, atol: relative and absolute tolerance of a step. pcoeff, icoeff: pc and ic; (0, 1) is the
     elementary rule, (0.4, 0.3) a smooth one for stiff problems. max_steps: attempts, accepted or
-    not, before a sample is given up.
+    not, before a sample is given up. bounded: the form that reverse mode can go through; choose
+    max_steps as small as the problem allows.
     """
 
     rtol: Number = 1e-5
@@ -102,6 +113,7 @@ class PIController:
     min_factor: Number = 0.2
     max_factor: Number = 10.0
     max_steps: int = static(default=4096)
+    bounded: bool = static(default=False)
 
     def __post_init__(self):
         checks.non_negative("rtol", self.rtol)
@@ -193,13 +205,17 @@ def integrate(
         running=t != t1,
     )
 
-    end = jax.lax.while_loop(
-        lambda carry: jnp.any(carry.running),
-        lambda carry: _attempt(field, carry, t1, tableau, controller),
-        start,
-    )
+    def attempt(carry):
+        return _attempt(field, carry, t1, tableau, controller)
+
+    going = lambda carry: jnp.any(carry.running)  # noqa: E731
+    if controller.bounded:
+        end = _scan_while(going, attempt, start, controller.max_steps)
+    else:
+        end = jax.lax.while_loop(going, attempt, start)
     arrived = end.t == t1
     y = jax.tree.map(lambda leaf: jnp.where(_align(arrived, leaf), leaf, jnp.nan), end.y)
+    y = y if controller.bounded else forward_only(y, NO_REVERSE)
     nfe = 2 + tableau.stages * (end.accepted + end.rejected)
     return Solution(y, nfe, end.accepted, end.rejected, arrived)
 
@@ -215,7 +231,8 @@ def _attempt(
     t_next = jnp.where(last, t1, t + h)  # exact landing
     y_next, stages = _stages(field, t, t_next, y, carry.slope, h, tableau)
     e = _weighted(np.asarray(tableau.e), h, stages)
-    error = controller.error(e, y, y_next).astype(h.dtype)
+    # Steps are held constant: what they are chosen by has no derivative where the error is 0.
+    error = controller.error(*jax.lax.stop_gradient((e, y, y_next))).astype(h.dtype)
 
     accept = running & (error <= 1)
     reject = running & ~(error <= 1)  # also where the error is not a number
@@ -240,6 +257,20 @@ def _attempt(
         rejected=carry.rejected + reject,
         running=running & (t != t1) & ~stuck & (attempts < controller.max_steps),
     )
+
+
+def _scan_while(
+    going: Callable[[_Carry], Array],
+    attempt: Callable[[_Carry], _Carry],
+    start: _Carry,
+    most: int,
+) -> _Carry:
+    """`while_loop` of at most so many rounds, as a scan that recomputes each round backwards."""
+
+    def body(carry, _):
+        return jax.lax.cond(going(carry), attempt, lambda carry: carry, carry), None
+
+    return jax.lax.scan(jax.checkpoint(body), start, length=most)[0]
 
 
 def _stages(
@@ -288,10 +319,11 @@ def _start(
     controller: PIController,
 ) -> tuple[PyTree, Array]:
     """f(t0, y), and the signed first step (B,) after Hairer, Norsett and Wanner [2]: two calls."""
-    span = t1 - t0
+    span = jax.lax.stop_gradient(t1 - t0)
 
     def size(tree):
-        return controller.error(tree, y, y).astype(t0.dtype)
+        held = jax.lax.stop_gradient((tree, y))
+        return controller.error(held[0], held[1], held[1]).astype(t0.dtype)
 
     def trial(slope):
         """A small step by which f should change a little."""

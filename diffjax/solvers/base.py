@@ -13,10 +13,22 @@ All history lives in the State. `finish` leads onto the end of the grid: where s
 land on the denoised data and never evaluate at s. `stages` and `final_stages` declare the calls of
 the denoiser in `step` and `finish`; `stochastic` says whether `step` draws.
 
+A solver that works on x at a time before it leaves it (a corrector) may have
+
+    settle(keys, denoise, process, state, t, s) -> State      the same at the last time s
+
+with `settle_stages`; it is called before a denoising at s, where no step would follow. One that
+knows something of the data (a measurement) may have
+
+    constrain(x0) -> x0                                       what the denoised data must satisfy
+
+which is called after such a denoising.
+
 How a solve ends is a value, the `final` of `sample`:
 
     ToEnd()               `finish` on the last interval; the grid must end where sigma = 0
-    Tweedie()             `step` on the last interval, then x0 = E[x0 | x_s]: one call more
+    Tweedie()             `step` on the last interval, `settle` where there is one, then
+                          x0 = E[x0 | x_s]: one call more
     NoiselessPredictor()  `finish`, also at sigma(s) > 0: the reference code's noise removal
     Keep()                `step`: x_s stays as it is, for partial solves and inversion
 """
@@ -58,13 +70,20 @@ class Solver(Protocol):
 
 
 class Final(Protocol):
-    """How the last interval is done; see the module's docstring."""
+    """How a solve ends; see the module's docstring.
+
+    steps: whether the last interval is a `step` like the others, which `end` follows; else `end`
+    takes its place. evaluations: calls of the denoiser from the last interval on.
+    """
+
+    @property
+    def steps(self) -> bool: ...
 
     def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None: ...
 
     def evaluations(self, solver: Solver) -> int: ...
 
-    def last(
+    def end(
         self,
         solver: Solver,
         keys: Key,
@@ -88,6 +107,10 @@ def _refuse_increasing(name: str, increasing: bool) -> None:
 class ToEnd:
     """The last interval leads to clean data: sigma(end) = 0."""
 
+    @property
+    def steps(self) -> bool:
+        return False
+
     def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
         """Raises ValueError if the grid ends with noise left."""
         _refuse_increasing("ToEnd()", increasing)
@@ -102,7 +125,7 @@ class ToEnd:
         """Calls of the denoiser."""
         return solver.final_stages
 
-    def last(self, solver, keys, denoise, process, state, t, s):
+    def end(self, solver, keys, denoise, process, state, t, s):
         """`solver.finish`."""
         return solver.finish(keys, denoise, process, state, t, s)
 
@@ -110,6 +133,10 @@ class ToEnd:
 @pytree
 class Tweedie:
     """The last interval is a step like the others; then x = E[x0 | x_s], one call more."""
+
+    @property
+    def steps(self) -> bool:
+        return True
 
     def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
         """Raises ValueError if there is no noise left to remove."""
@@ -122,32 +149,39 @@ class Tweedie:
 
     def evaluations(self, solver: Solver) -> int:
         """Calls of the denoiser."""
-        return solver.stages + 1
+        return solver.stages + getattr(solver, "settle_stages", 0) + 1
 
-    def last(self, solver, keys, denoise, process, state, t, s):
-        """`solver.step`, then the denoiser's x0 at s."""
-        state = solver.step(keys, denoise, process, state, t, s)
-        return state._replace(x=denoise(state.x, s).x0)
+    def end(self, solver, keys, denoise, process, state, t, s):
+        """`solver.settle` where there is one, then the denoiser's x0 at s, held to `constrain`."""
+        if hasattr(solver, "settle"):
+            state = solver.settle(keys, denoise, process, state, t, s)
+        x0 = denoise(state.x, s).x0
+        return state._replace(x=solver.constrain(x0) if hasattr(solver, "constrain") else x0)
 
 
 @pytree
 class NoiselessPredictor:
     """The last interval without its noise, whatever noise level it leads to."""
 
+    @property
+    def steps(self) -> bool:
+        return False
+
     def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
-        """Raises ValueError for a solver that draws nothing."""
+        """Raises ValueError for a predictor that draws nothing."""
         _refuse_increasing("NoiselessPredictor()", increasing)
-        if not solver.stochastic:
+        predictor = getattr(solver, "predictor", solver)
+        if not predictor.stochastic:
             raise ValueError(
-                f"{type(solver).__name__} adds no noise, so NoiselessPredictor() has none to leave "
-                "out; use final=Tweedie() or final=ToEnd()."
+                f"{type(predictor).__name__} adds no noise, so NoiselessPredictor() has none to "
+                "leave out; use final=Tweedie() or final=ToEnd()."
             )
 
     def evaluations(self, solver: Solver) -> int:
         """Calls of the denoiser."""
         return solver.final_stages
 
-    def last(self, solver, keys, denoise, process, state, t, s):
+    def end(self, solver, keys, denoise, process, state, t, s):
         """`solver.finish`."""
         return solver.finish(keys, denoise, process, state, t, s)
 
@@ -155,6 +189,10 @@ class NoiselessPredictor:
 @pytree
 class Keep:
     """The last interval is a step like the others and x_s is returned."""
+
+    @property
+    def steps(self) -> bool:
+        return True
 
     def check(self, solver: Solver, end_sigma: Any, increasing: bool) -> None:
         """Raises ValueError for a stochastic solver on an increasing grid."""
@@ -168,6 +206,6 @@ class Keep:
         """Calls of the denoiser."""
         return solver.stages
 
-    def last(self, solver, keys, denoise, process, state, t, s):
-        """`solver.step`."""
-        return solver.step(keys, denoise, process, state, t, s)
+    def end(self, solver, keys, denoise, process, state, t, s):
+        """The state as it is."""
+        return state

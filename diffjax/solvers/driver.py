@@ -3,10 +3,11 @@
 Symbols: times (n+1,), from the noisiest to the last; interval i leads from times[i] to times[i+1].
 
     state = solver.init(process, x, times[0])
-    for i in 0 .. n-2:  state = solver.step(keys_i, denoise, process, state, times[i], times[i+1])
-    state = final.last(solver, ..., times[n-1], times[n])                                       (1)
+    for i in 0 .. m-1:  state = solver.step(keys_i, denoise, process, state, times[i], times[i+1])
+    state = final.end(solver, ..., times[n-1], times[n])                                        (1)
 
-The loop is one `lax.scan`, so compile time and memory do not grow with n. `sample` is not jitted:
+with m = n where the last interval is a step like the others (`final.steps`), else n - 1. The loop
+is one `lax.scan`, so compile time and memory do not grow with n. `sample` is not jitted:
 call it inside your own `jit`, or as
 
     draw = jax.jit(sample, static_argnames=("save",))
@@ -30,11 +31,12 @@ from diffjax.solvers.base import Final, Solver, ToEnd
 
 
 class Result(NamedTuple):
-    """What `sample` returns.
+    """What `sample` and `solve_adaptive` return.
 
     x: the samples, like the input. state: the solver's whole final state. nfe: calls of the
-    denoiser, an int, or a traced int32 where `n_steps` is traced. saved: `save` of the state after
-    each interval, stacked along a new leading axis of length n, or None.
+    denoiser, an int, a traced int32 where `n_steps` is traced, or (B,) from `solve_adaptive`.
+    saved: `save` of the state after each interval, stacked along a new leading axis of length n, or
+    None.
     """
 
     x: PyTree
@@ -94,12 +96,15 @@ def sample(
             state = jax.lax.cond(i >= padding, advance, lambda state, _: state, state, i)
         return state, None if save is None else save(state)
 
-    state, saved = jax.lax.scan(body, state, jnp.arange(intervals - 1))
+    stepped = intervals if final.steps else intervals - 1
+    state, saved = jax.lax.scan(body, state, jnp.arange(stepped))
     last_keys = random.step_keys(keys, intervals - 1 - padding)
-    state = final.last(solver, last_keys, denoise, process, state, times[-2], times[-1])
+    state = final.end(solver, last_keys, denoise, process, state, times[-2], times[-1])
     if save is not None:
         saved = jax.tree.map(
-            lambda path, end: jnp.concatenate([path, jnp.asarray(end)[None]]), saved, save(state)
+            lambda path, end: jnp.concatenate([path[: intervals - 1], jnp.asarray(end)[None]]),
+            saved,
+            save(state),
         )
     nfe = (intervals - padding - 1) * solver.stages + final.evaluations(solver)
     return Result(state.x, state, nfe, saved)

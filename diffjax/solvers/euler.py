@@ -6,6 +6,9 @@ Symbols: h = s - t < 0, z standard normal, a, r of `diffjax.processes.calculus.b
     Euler-Maruyama     x_s = x_t + h (f x_t + g^2 eps/sigma) + g sqrt(-h) z                     (2)
     reverse diffusion  x_s = (2 - a) x_t - sigma_t (1 - r^2) eps + sigma_t sqrt(1 - r^2) z      (3)
 
+probability_flow=True takes half the eps term and no noise in (2) and (3): the flow in place of the
+SDE, as the option of that name in the reference code. (2) is then (1), written with f and g.
+
 (3) discretises the reverse SDE as the forward transition (a, b^2) was: on DDPM's and SMLD's own
 grids it is the reference code's `reverse_diffusion`, for sub-VP it uses the exact transition where
 the reference falls back on (2). Euler ends with one exact linear step (DDIM's), which lands on x0
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 
 from diffjax.core import checks, random
 from diffjax.core.numerics import combine, expand, safe_sqrt
-from diffjax.core.pytree import pytree
+from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Prediction, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import Step, between, rates, reverse_drift, velocity
@@ -36,7 +39,7 @@ def linear_step(process: Process, prediction: Prediction, s: Array) -> PyTree:
     return combine((at_s.alpha, prediction.x0), (at_s.sigma, prediction.eps))
 
 
-def _landed(process: Process, mean: PyTree, x0: PyTree, s: Array) -> PyTree:
+def landed(process: Process, mean: PyTree, x0: PyTree, s: Array) -> PyTree:
     """alpha_s x0 where sigma_s = 0, else `mean`."""
     at_s = process.coeffs(s)
 
@@ -84,7 +87,10 @@ class EulerMaruyama:
     """Euler-Maruyama on the reverse SDE, eq. (2): weak order 1.
 
     Needs f and g at the grid's first time: a flow must start below t = 1.
+    probability_flow: the deterministic form, of order 1.
     """
+
+    probability_flow: bool = static(default=False)
 
     @property
     def stages(self) -> int:
@@ -96,7 +102,7 @@ class EulerMaruyama:
 
     @property
     def stochastic(self) -> bool:
-        return True
+        return not self.probability_flow
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         """Raises ValueError where g^2 is infinite at the start."""
@@ -113,6 +119,8 @@ class EulerMaruyama:
     ) -> XState:
         """Eq. (2)."""
         mean = self._mean(process, state.x, denoise(state.x, t), t, s)
+        if self.probability_flow:
+            return XState(mean)
         z = random.normal_like(keys, "euler_maruyama", state.x)
         return XState(combine((jnp.ones_like(t), mean), (self._spread(process, t, s), z)))
 
@@ -122,12 +130,12 @@ class EulerMaruyama:
         """Eq. (2) without its noise; x0 where sigma_s = 0."""
         prediction = denoise(state.x, t)
         mean = self._mean(process, state.x, prediction, t, s)
-        return XState(_landed(process, mean, prediction.x0, s))
+        return XState(landed(process, mean, prediction.x0, s))
 
     def _mean(
         self, process: Process, x: PyTree, prediction: Prediction, t: Array, s: Array
     ) -> PyTree:
-        slope = reverse_drift(process, x, prediction, t)
+        slope = reverse_drift(process, x, prediction, t, share=_share(self))
         return combine((jnp.ones_like(t), x), (s - t, slope))
 
     def _spread(self, process: Process, t: Array, s: Array) -> Array:
@@ -136,7 +144,12 @@ class EulerMaruyama:
 
 @pytree
 class ReverseDiffusion:
-    """The reverse-diffusion predictor, eq. (3): weak order 1, in the transition's own numbers."""
+    """The reverse-diffusion predictor, eq. (3): weak order 1, in the transition's own numbers.
+
+    probability_flow: the deterministic form, of order 1.
+    """
+
+    probability_flow: bool = static(default=False)
 
     @property
     def stages(self) -> int:
@@ -148,7 +161,7 @@ class ReverseDiffusion:
 
     @property
     def stochastic(self) -> bool:
-        return True
+        return not self.probability_flow
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         return XState(x)
@@ -159,6 +172,8 @@ class ReverseDiffusion:
         """Eq. (3)."""
         move = between(process, t, s)
         mean = self._mean(move, state.x, denoise(state.x, t))
+        if self.probability_flow:
+            return XState(mean)
         z = random.normal_like(keys, "reverse_diffusion", state.x)
         spread = move.at_t.sigma * safe_sqrt(move.gain)
         return XState(combine((jnp.ones_like(t), mean), (spread, z)))
@@ -169,7 +184,13 @@ class ReverseDiffusion:
         """Eq. (3) without its noise; x0 where sigma_s = 0."""
         prediction = denoise(state.x, t)
         mean = self._mean(between(process, t, s), state.x, prediction)
-        return XState(_landed(process, mean, prediction.x0, s))
+        return XState(landed(process, mean, prediction.x0, s))
 
     def _mean(self, move: Step, x: PyTree, prediction: Prediction) -> PyTree:
-        return combine((2 - move.a, x), (-move.at_t.sigma * move.gain, prediction.eps))
+        pull = _share(self) * move.at_t.sigma * move.gain
+        return combine((2 - move.a, x), (-pull, prediction.eps))
+
+
+def _share(solver: EulerMaruyama | ReverseDiffusion) -> float:
+    """The share of the score: 1 in the reverse SDE, 1/2 in the probability flow."""
+    return 0.5 if solver.probability_flow else 1.0

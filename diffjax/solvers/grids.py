@@ -14,12 +14,36 @@ otherwise, and must be given inside `jit`, where the process's numbers are unkno
 
 Each returns (n+1,) times in the default float dtype, strictly decreasing, with the ends exact.
 
+The reference code [4] asks the network at N points from 1 to a cut-off, and takes the last step,
+from the cut-off on, without noise. Here that is
+
+    uniform(process, N - 1, end=cut-off) with final=Tweedie()                                   (5)
+
+whose N calls are at the same times. What differs:
+
+- The last step is E[x0 | x] in place of the predictor's mean: the same for VE and for the ancestral
+  rule; for Euler-Maruyama at 1e-3 the score's coefficient is 1.10e-4 in place of 1.20e-4 (VP).
+- The reference's Euler-Maruyama steps by 1/N whatever the spacing: the same for VP's cut-off 1e-3
+  and N = 1000.
+- It tables VE's levels at k/(N - 1), up to 1e-5 below the times of its grid: 1e-4 of sigma.
+
+On `Tabulated.ddpm(N)` the times of (5) with end = 1/N are the trained levels (k + 1)/N, from k =
+N - 1 to 0. The reference finds k by truncating t (N - 1), one too high for all points i with i
+times the cut-off at 1 or more: none at N = 1000 and 1e-3, half of them at N = 2000.
+
+A discretely trained network on 2N levels (P2000 of [4], table 1) is a process with twice the
+levels, `Tabulated.ddpm(2000)` for VP, which halves the betas, or VE itself, under the labels of N:
+`precondition.score_sde_vp(levels=1000)`, `score_sde_ve(levels=1000, rounded=False)`. Their labels
+lie between those of training, within half a label of i/2.
+
 References:
 [1] Song, Meng, Ermon, "Denoising Diffusion Implicit Models", 2020,
     https://arxiv.org/abs/2010.02502, appendix D (quadratic).
 [2] Lu et al., "DPM-Solver", 2022, https://arxiv.org/abs/2206.00927 (log-SNR).
 [3] Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
     https://arxiv.org/abs/2206.00364, eq. 5 (rho).
+[4] Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
+    https://arxiv.org/abs/2011.13456, and its code, https://github.com/yang-song/score_sde.
 """
 
 from collections.abc import Callable, Sequence

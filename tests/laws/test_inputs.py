@@ -16,12 +16,14 @@ from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP, Tabulat
 from diffjax.solvers import (
     DDIM,
     Ancestral,
+    AnnealedLangevin,
     EDMChurn,
     Euler,
     Heun,
     Keep,
     Langevin,
     NoiselessPredictor,
+    NoPredictor,
     PredictorCorrector,
     Tweedie,
     grids,
@@ -43,6 +45,7 @@ NEEDS = {
     "PredictorCorrector": lambda: PredictorCorrector(Euler(), Langevin()),
     "NearestLevel": lambda: diffjax.prediction.precondition.NearestLevel(jnp.arange(3.0)),
     "DescendingIndex": lambda: diffjax.prediction.precondition.DescendingIndex(10),
+    "LevelIndex": lambda: diffjax.prediction.precondition.LevelIndex(10),
 }
 
 
@@ -120,6 +123,27 @@ BAD = {
     "snr": (lambda: Langevin(snr=0.0), ValueError, "snr must be positive; got 0.0"),
     "corrector steps": (lambda: Langevin(n_steps=0), ValueError, "at least 1; got 0"),
     "coupling": (lambda: Langevin(coupling="mesh"), ValueError, "'sample', 'batch'; got 'mesh'"),
+    "noise norm": (
+        lambda: Langevin(noise_norm="expected"),
+        ValueError,
+        "'drawn', 'sqrt_dim'; got 'expected'",
+    ),
+    "annealed snr": (lambda: AnnealedLangevin(snr=-1.0), ValueError, "snr must be positive"),
+    "annealed steps": (lambda: AnnealedLangevin(n_steps=0), ValueError, "at least 1; got 0"),
+    "order": (
+        lambda: PredictorCorrector(Euler(), Langevin(), order="both"),
+        ValueError,
+        "'corrector_first', 'predictor_first'; got 'both'",
+    ),
+    "no predictor's noise": (
+        lambda: solve(
+            times=jnp.asarray([1.0, 0.5]),
+            solver=PredictorCorrector(NoPredictor(), Langevin()),
+            final=NoiselessPredictor(),
+        ),
+        ValueError,
+        r"NoPredictor adds no noise.*final=Tweedie\(\)",
+    ),
     "sigma_data": (lambda: EDMF(sigma_data=-0.5), ValueError, "sigma_data must be positive"),
     "kind": (lambda: make_denoiser(abs, VP(), kind="noise"), ValueError, "'eps', 'x0'.*'noise'"),
     "grid n": (lambda: grids.uniform(VP(), 0), ValueError, "n must be at least 1; got 0"),

@@ -17,6 +17,8 @@ VALUES = (
     [(m.name, m.process) for m in members.PROCESSES]
     + [(m.name, m.solver) for m in members.SOLVERS]
     + [(m.name, m.kind) for m in members.KINDS]
+    + [(m.name, m.weight) for m in members.WEIGHTS[len(members.KINDS) :]]
+    + [(m.name, m.times) for m in members.TIMES]
     + [(m.name, m.make().scaling) for m in members.PRECONDITIONS]
     + [(m.name, m.make().label) for m in members.PRECONDITIONS]
 )
@@ -82,8 +84,9 @@ def a_tree_is_its_leaves(solver):
 
 
 # Langevin's step size joins the leaves of a sample in one norm; tests/solvers has its truth.
-SEPARATE = [m for m in members.SOLVERS if not m.name.startswith("predictor_corrector")]
-JOINED = [m for m in members.SOLVERS if m.name.startswith("predictor_corrector")]
+FREE = [m for m in members.SOLVERS if not m.shaped]
+SEPARATE = [m for m in FREE if not m.name.startswith("predictor_corrector")]
+JOINED = [m for m in FREE if m.name.startswith("predictor_corrector")]
 
 
 @pytest.mark.parametrize("value", [v for _, v in VALUES], ids=[n for n, _ in VALUES])

@@ -216,4 +216,10 @@ class Network:
             elif level:
                 h = self.resample("Upsample", h, self.resamp_with_conv)
         out = out if self.progressive == "output_skip" else self.head(h)
-        return out / label[:, None, None, None] if self.scale_by_sigma else out
+        return out / self.sigma(label)[:, None, None, None] if self.scale_by_sigma else out
+
+    def sigma(self, label):
+        """The label itself, or the level that it counts."""
+        if getattr(self, "embedding_type", "positional") == "fourier":
+            return label
+        return np.geomspace(self.sigma_max, self.sigma_min, self.num_scales)[label.astype(int)]

@@ -209,9 +209,10 @@ def test_remat_saves_memory_and_changes_nothing():
         ({"resamp_with_conv": False}, "no meaning for resblock_type='biggan'"),
         ({"num_classes": 3, "conditional": False}, "needs conditional=True"),
         (
-            {"scale_by_sigma": True, "embedding_type": "positional"},
-            "needs embedding_type='fourier'",
+            {"scale_by_sigma": True, "embedding_type": "positional", "sigma_min": 0.01},
+            "give sigma_max, num_scales as well",
         ),
+        ({"scale_by_sigma": True, "num_scales": 10}, "the label of a 'fourier' network is sigma"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
         ({"ch_mult": ()}, "ch_mult"),

@@ -66,6 +66,13 @@ def test_blocks_and_pyramids_other_half(case):
         {"embedding_type": "positional", "fir": False, "progressive_input": "none"},
         {"conditional": False},
         {"scale_by_sigma": True, "centered": False},
+        {
+            "scale_by_sigma": True,
+            "embedding_type": "positional",
+            "sigma_min": 0.01,
+            "sigma_max": 90.0,
+            "num_scales": 1000,
+        },
         {"resblock_type": "ddpm", "resamp_with_conv": False},
         {"resblock_type": "ddpm", "resamp_with_conv": False, "fir": False},
         {"fir_kernel": (1, 2, 3, 5)},
@@ -79,7 +86,7 @@ def test_blocks_and_pyramids_other_half(case):
 def test_other_options(case):
     image = batch()
     if case.get("embedding_type") == "positional":
-        image = (image[0], jnp.asarray([3.5, 870.0]))
+        image = (image[0], jnp.asarray([3.0, 870.0]))
     compare(image=image, **case)
 
 

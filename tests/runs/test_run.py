@@ -125,8 +125,8 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
         dj.load(trained, step=7)
     with pytest.raises(RunError, match="unconditional"):
         dj.load(trained).sample(jax.random.key(0), 2, labels=[0, 1])
-    with pytest.raises(RunError, match=r"Unknown metrics \['fid'\]"):
-        dj.evaluate(trained, ("fid",))
+    with pytest.raises(RunError, match=r"Unknown metrics \['fed'\]"):
+        dj.evaluate(trained, ("fed",))
     np.savez(tmp_path / "large.npz", images=np.zeros((2, 9, 9, 1), np.uint8))
     with pytest.raises(RunError, match="the model's are"):
         dj.evaluate(trained, ("quality",), samples=tmp_path / "large.npz")

@@ -84,7 +84,7 @@ def test_landing_finds_a_last_step_like_the_others():
 
     class Through:
         stages = final_stages = 1
-        stochastic = True
+        stochastic, probability_flow = True, False
         init = EulerMaruyama.init
         step = EulerMaruyama.step
 

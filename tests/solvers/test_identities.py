@@ -96,6 +96,31 @@ def test_ve_rules_on_the_smld_grid(k):
         close(one_step(Ancestral(), process, t, s), mean + spread * Z, 1e-8)
 
 
+def _signal(name, t):
+    """alpha and sigma of the paper's three processes."""
+    integral = 0.1 * t + 19.9 * t**2 / 2
+    return {
+        "vp": (np.exp(-integral / 2), np.sqrt(-np.expm1(-integral))),
+        "sub_vp": (np.exp(-integral / 2), -np.expm1(-integral)),
+        "ve": (1.0, 0.01 * 5000**t),
+    }[name]
+
+
+@pytest.mark.parametrize("t, s", [(0.9, 0.7), (0.5, 0.499), (0.02, 0.001)])
+@pytest.mark.parametrize("name", ["vp", "sub_vp", "ve"])
+def test_ancestral_is_bayes_rule(name, t, s):
+    """q(x_s | x_t, x0) by adding precisions, also for sub-VP, which the reference code lacks."""
+    (alpha, sigma), (alpha_s, sigma_s) = _signal(name, t), _signal(name, s)
+    x0 = (X + sigma**2 * SCORE) / alpha
+    a = alpha / alpha_s
+    b2 = sigma**2 - (a * sigma_s) ** 2
+    variance = 1 / (a**2 / b2 + 1 / sigma_s**2)
+    mean = variance * (a * X / b2 + alpha_s * x0 / sigma_s**2)
+    process = {"vp": VP(), "sub_vp": SubVP(), "ve": VE()}[name]
+    close(one_step(Ancestral("small"), process, t, s), mean + np.sqrt(variance) * Z, 1e-8)
+    close(one_step(Ancestral("large"), process, t, s), mean + np.sqrt(b2) * Z, 1e-8)
+
+
 def test_ve_at_the_first_level():
     """k = 0 with sigma_{-1} = 0: x + smin^2 s, Tweedie's, and the ancestral rule adds no noise."""
     tweedie = X + LEVEL[0] ** 2 * SCORE

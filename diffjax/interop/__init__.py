@@ -1,0 +1,1 @@
+"""Weights in and out: files of other codes, read by name into diffjax's networks."""
