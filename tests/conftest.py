@@ -4,7 +4,9 @@ Programs are compiled without LLVM's optimisations: compiling networks is what t
 time on, and two to four times quicker so. `scripts/demo` and the benches run them optimised.
 """
 
+import fcntl
 import os
+import shutil
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -49,9 +51,16 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-    """A cache of compiled programs for the tests that train and sample the same small model."""
-    directory = str(tmp_path_factory.mktemp("xla"))
+def shared_dir(tmp_path_factory):
+    """A directory that the processes of a parallel test run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(shared_dir):
+    """A cache of compiled programs for the tests that train and sample the same small models."""
+    directory = str(shared_dir / "xla")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
         jax.config.update("jax_compilation_cache_dir", directory)
@@ -60,12 +69,20 @@ def compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, digits_dir, compilation_cache):
-    """The workdir of a finished quick run on the digits: 10 steps, checkpoints at 5 and 10."""
+def trained(tmp_path_factory, shared_dir, digits_dir, compilation_cache):
+    """The workdir of a finished quick run on the digits: 10 steps, checkpoints at 5 and 10.
+
+    Trained once and copied, so that each process may write into its own.
+    """
     import diffjax as dj
     from diffjax.runs.workdir import load_config
 
-    workdir = tmp_path_factory.mktemp("run")
-    outcome = dj.train(load_config("digits:quick"), workdir, show_progress=False)
-    assert outcome == (10, True)
-    return workdir
+    finished = shared_dir / "trained"
+    with open(shared_dir / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            workdir = tmp_path_factory.mktemp("run")
+            outcome = dj.train(load_config("digits:quick"), workdir, show_progress=False)
+            assert outcome == (10, True)
+            workdir.rename(finished)
+    return shutil.copytree(finished, tmp_path_factory.mktemp("copy") / "run")

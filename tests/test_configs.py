@@ -180,6 +180,12 @@ def test_everything_builds(name, mode):
         assert plan.times.shape == (config.sampling.steps + 1,)
 
 
+def random_like(shapes):
+    """Small weights of these shapes: no layer starts at zero, and nothing is compiled for them."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(0.1 * rng.normal(size=s.shape), s.dtype), shapes)
+
+
 def quick(name):
     """A default test for the distinct configs, a slow one for the others."""
     return name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow)
@@ -190,7 +196,7 @@ def test_a_quick_one_trains_a_step_and_samples(name, compilation_cache):
     config = load_config(f"{name}:quick")
     parts = builders.build_parts(config)
     optimizer, schedule = builders.build_optimizer(config)
-    params = jax.jit(parts.init_params)(jax.random.key(0))
+    params = random_like(jax.eval_shape(parts.init_params, jax.random.key(0)))
     single = mesh.make_mesh(data=1)
     run = step.compile_step(
         single,
@@ -207,14 +213,12 @@ def test_a_quick_one_trains_a_step_and_samples(name, compilation_cache):
     current = state.create_state(jax.random.key(1), params, optimizer)
     current = jax.device_put(current, mesh.replicated(single))
     before = jax.tree.map(np.asarray, params)
-    for _ in range(3):  # the rate of the first update is 0
+    for _ in range(2):  # the rate of the first update is 0
         current, metrics = run(current, batch)
     assert np.isfinite(metrics["loss"][0])
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), current.params, before)
-    # Layers that start at exactly zero hold back those before them for some updates.
-    starts_at_zero = config.model.name in ("adm", "dit", "sit")
-    assert np.mean(jax.tree.leaves(moved)) > (0.2 if starts_at_zero else 0.9)
+    assert np.mean(jax.tree.leaves(moved)) > 0.9
     labels = None if parts.num_classes is None else [0, 1]
-    drawn = Model(config, parts, current.ema, 3).sample(jax.random.key(2), 2, labels=labels)
+    drawn = Model(config, parts, current.ema, 2).sample(jax.random.key(2), 2, labels=labels)
     assert drawn.shape == (2, *parts.image_shape)
     assert drawn.max() < config.data.levels

@@ -83,7 +83,7 @@ MISTAKES = {
         ["sample", "--workdir={run}", "--solver=euler", "--steps=0"],
         "must be at least 1",
     ),
-    "unknown metric": (["evaluate", "--workdir={run}", "--metrics=fid"], "choose among"),
+    "unknown metric": (["evaluate", "--workdir={run}", "--metrics=fed"], "choose among"),
     "no such checkpoint": (["sample", "--workdir={run}", "--step=3"], "holds steps"),
     "stray argument": (["sample", "--workdir={run}", "heun"], "Unexpected argument 'heun'"),
 }
