@@ -1,0 +1,60 @@
+"""The data of a config."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffjax.builders.make import BuildError, make
+from diffjax.builders.model import image_size
+
+# Fields of the data section that say what is done with a batch; the others choose the source.
+_PREPROCESSING = (
+    "image_size",
+    "num_channels",
+    "levels",
+    "centered",
+    "random_flip",
+    "augment",
+    "uniform_dequantization",
+    "train_split",
+    "eval_split",
+)
+
+
+def build_source(config: Any, split: str) -> Any:
+    """The source of a split, "train" or "eval", held in memory where that saves decoding.
+
+    Raises BuildError where the data are not what the config says.
+    """
+    from diffjax import data
+
+    levels = config.data.levels
+
+    def tfds(dataset: str, split: str, **options: Any) -> Any:
+        return data.tfds_source(dataset, split, levels=levels, **options)
+
+    def npz(train_path: str, eval_path: str, split: str) -> Any:
+        path = train_path if split == config.data.train_split else eval_path
+        return data.array_source(path, levels=levels)
+
+    def folder(train_path: str, eval_path: str, split: str, **options: Any) -> Any:
+        path = train_path if split == config.data.train_split else eval_path
+        return data.folder_source(path, **options)
+
+    families: dict[str, Callable[..., Any]] = {
+        "digits": data.digits_source,
+        "tfds": tfds,
+        "npz": npz,
+        "folder": folder,
+    }
+    chosen = {"train": config.data.train_split, "eval": config.data.eval_split}[split]
+    section = {k: v for k, v in dict(config.data).items() if k not in _PREPROCESSING}
+    source = make(families, section, "data", split=chosen)
+    expected = (*image_size(config.data.image_size), config.data.num_channels)
+    info = source.info
+    if tuple(info.shape) != expected or info.levels != config.data.levels:
+        raise BuildError(
+            f"config.data says images of shape {expected} with {config.data.levels} levels; "
+            f"{info.name} has {tuple(info.shape)} with {info.levels}. Set image_size, "
+            "num_channels and levels to the data's."
+        )
+    return source
