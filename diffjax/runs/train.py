@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from diffjax import builders
 from diffjax.core.random import sample_keys
@@ -39,69 +40,39 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
     Raises RunError or BuildError for a config or workdir that does not fit, CheckpointError for
     checkpoints that cannot be restored, Diverged where the loss is not finite.
     """
-    from diffjax.data import TrainBatches, in_memory, prefetch
-    from diffjax.train import checkpoint, loop, mesh, preempt, state, step, telemetry
+    from diffjax.data import prefetch
+    from diffjax.train import checkpoint, loop, mesh, preempt, telemetry
 
-    workdir = Path(workdir)
-    parts = builders.build_parts(config)
-    source = builders.build_source(config, "train")
-    optimizer, schedule = builders.build_optimizer(config)
-    ema = builders.build_ema(config)
-    if not builders.is_classifier(config):
-        builders.build_sampling(config, parts.process)  # a sampler that does not fit fails now
-    devices = mesh.make_mesh()
-    training = config.training
-    mesh.check_batch_size(devices, training.batch_size)
-    claim(workdir, config)
-
-    batches = TrainBatches(
-        in_memory(source) if _fits(source.info) else source,
-        batch_size=training.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    workdir, training = Path(workdir), config.training
+    job = _prepare(config, workdir)
     k = training.n_jitted_steps
     n_steps = -(-training.n_iters // k) * k
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
             checkpoint.Checkpointer(workdir, keep_every=training.snapshot_freq)
         )
-        key = jax.random.key(config.seed)
-        create = functools.partial(_initial_state, parts, optimizer)
-        if checkpointer.latest_step() is None:
-            current = jax.jit(create, out_shardings=mesh.replicated(devices))(key)
-        else:
-            like = state.abstract(jax.eval_shape(create, key), mesh.replicated(devices))
-            current, meta = checkpointer.restore(like)
-            batches.resume(meta.position)
-            _log.info("Going on from step %d in %s.", int(current.step), workdir)
+        current = _current_state(job, config, checkpointer)
         start = int(current.step)
+        if start:
+            _log.info("Going on from step %d in %s.", start, workdir)
         writer = stack.enter_context(_writers(workdir, start))
         progress = (
             stack.enter_context(telemetry.progress_bar(n_steps, step=start))
             if show_progress
             else telemetry.no_progress
         )
-        step_fn = step.compile_step(
-            devices,
-            loss_fn=builders.build_loss(config, parts, train=True),
-            optimizer=optimizer,
-            ema=ema,
-            schedule=schedule,
-        )
         result = loop.fit(
             current,
-            mesh.dispatch_batches(devices, prefetch(batches, start=start), k),
-            step_fn=step_fn,
+            mesh.dispatch_batches(job.devices, prefetch(job.batches, start=start), k),
+            step_fn=job.step_fn,
             n_steps=n_steps,
             n_jitted_steps=k,
             log_every=training.log_freq,
             writer=writer,
             progress=progress,
-            hooks=_hooks(config, parts, workdir, writer),
+            hooks=_hooks(config, job.parts, workdir, writer),
             save=lambda at, state: checkpointer.save(
-                at, state, position=batches.position(at), config=plain(config)
+                at, state, position=job.batches.position(at), config=plain(config)
             ),
             checkpoint_every=training.snapshot_freq_for_preemption,
             stop=stack.enter_context(preempt.stop_on_signals()),
@@ -111,6 +82,60 @@ def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Ou
         rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
         pictures.write_figure(workdir / "loss.png", pictures.curves(rows, ("loss", "eval_loss")))
     return Outcome(int(result.state.step), result.finished)
+
+
+class _Job(NamedTuple):
+    """What a config and a workdir say of a run, before there is a state."""
+
+    parts: builders.Parts
+    devices: Mesh
+    optimizer: Any
+    batches: Any
+    step_fn: Any
+
+
+def _prepare(config: Any, workdir: Path) -> _Job:
+    """Builds and checks everything, and only then claims the workdir."""
+    from diffjax.data import TrainBatches, in_memory
+    from diffjax.train import mesh, step
+
+    parts = builders.build_parts(config)
+    source = builders.build_source(config, "train")
+    optimizer, schedule = builders.build_optimizer(config)
+    if not builders.is_classifier(config):
+        builders.build_sampling(config, parts.process)  # a sampler that does not fit fails now
+    devices = mesh.make_mesh()
+    mesh.check_batch_size(devices, config.training.batch_size)
+    step_fn = step.compile_step(
+        devices,
+        loss_fn=builders.build_loss(config, parts, train=True),
+        optimizer=optimizer,
+        ema=builders.build_ema(config),
+        schedule=schedule,
+    )
+    claim(workdir, config)
+    batches = TrainBatches(
+        in_memory(source) if _fits(source.info) else source,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return _Job(parts, devices, optimizer, batches, step_fn)
+
+
+def _current_state(job: _Job, config: Any, checkpointer: Any) -> Any:
+    """A new state, or the newest checkpoint's with the data at its position, on the devices."""
+    from diffjax.train import mesh, state
+
+    key = jax.random.key(config.seed)
+    create = functools.partial(_initial_state, job.parts, job.optimizer)
+    sharding = mesh.replicated(job.devices)
+    if checkpointer.latest_step() is None:
+        return jax.jit(create, out_shardings=sharding)(key)
+    current, meta = checkpointer.restore(state.abstract(jax.eval_shape(create, key), sharding))
+    job.batches.resume(meta.position)
+    return current
 
 
 def _fits(info: Any, limit: int = 2**31) -> bool:

@@ -155,6 +155,7 @@ def test_each_run_is_loaded_by_its_own_door(classifier_run, tmp_path):
         dj.evaluate(classifier_run, ["loss", "bpd"])
 
 
+@pytest.mark.slow
 def test_guidance_raises_the_chosen_classes_probability(model, classifier):
     """By 40 times the classifier's own gradient: its verdict on the samples follows."""
     labels = np.arange(6) % 10

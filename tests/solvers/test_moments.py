@@ -131,7 +131,12 @@ VARIANCE = {
 
 
 @pytest.mark.parametrize(
-    "coupling, dim, count", [("sample", 16, 4000), ("sample", 256, 1000), ("batch", 64, 2000)]
+    "coupling, dim, count",
+    [
+        ("sample", 16, 4000),
+        pytest.param("sample", 256, 1000, marks=pytest.mark.slow),
+        ("batch", 64, 2000),
+    ],
 )
 def test_langevin_at_one_time(coupling, dim, count):
     """500 steps at snr 0.1 from p_t: E|x|^2 stays, but for the known bias of per-sample norms.
@@ -154,6 +159,7 @@ def test_langevin_at_one_time(coupling, dim, count):
     assert abs(ratio.mean() * 1.03 - exact) > 4 * ratio.std() / np.sqrt(count)
 
 
+@pytest.mark.slow
 def test_per_sample_norms_serve_in_many_dimensions():
     """Predictor and corrector at D = 1024: E|x|^2 within the 4/D that per-sample norms cost."""
     process, dim, count = VE(), 1024, 256
