@@ -26,16 +26,18 @@ usage: diffjax <verb> [flags]
   diffjax sample   --workdir=runs/digits --num=100 --solver=heun --steps=20
   diffjax evaluate --workdir=runs/digits --metrics=bpd,quality
 
-Configs by name: {configs}.
+Configs by name (--config=NAME, or the path of your own):
+
+{configs}
 """
 
 
 def usage() -> str:
     """The text of `diffjax --help`."""
-    from diffjax.runs.workdir import config_names
+    from diffjax.runs.workdir import config_listing
 
     verbs = "\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())
-    return USAGE.format(verbs=verbs, configs=", ".join(config_names()))
+    return USAGE.format(verbs=verbs, configs=config_listing())
 
 
 def main(argv: Sequence[str]) -> int:

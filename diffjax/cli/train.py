@@ -7,7 +7,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from diffjax.cli import flags
-from diffjax.runs.workdir import RunError, config_names, load_config, read_config
+from diffjax.runs.workdir import RunError, load_config, read_config
 
 ABOUT = """diffjax train: train a model into a workdir, or go on with one.
 
@@ -17,7 +17,7 @@ ABOUT = """diffjax train: train a model into a workdir, or go on with one.
   diffjax train --workdir=W                      goes on with the config stored there
 
 A workdir with a checkpoint goes on by itself. SIGTERM or Ctrl-C saves before leaving (exit code 3).
-Configs by name: {names}.
+Configs by name: `diffjax` lists them.
 Every field of a config is a flag: --config.training.batch_size=64, --config.seed=1.
 Data sets are looked for in $TFDS_DATA_DIR, else in ~/tensorflow_datasets."""
 
@@ -44,7 +44,7 @@ def _train(argv: Sequence[str]) -> int:
         except (AttributeError, KeyError) as error:
             hint = " ".join(str(error).replace("\\n", " ").split())
             raise RunError(f"The config has no such field: {hint}") from error
-    if not flags.parse(values, argv, ABOUT.format(names=", ".join(config_names()))):
+    if not flags.parse(values, argv, ABOUT):
         return 0
     flags.enable_compilation_cache()
     from diffjax.runs.train import train

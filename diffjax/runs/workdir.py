@@ -12,10 +12,12 @@ Python file with `get_config()`, optionally taking one string given after a colo
 """
 
 import contextlib
+import difflib
 import importlib.machinery
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,16 @@ def config_names() -> list[str]:
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in files)
 
 
+def config_listing() -> str:
+    """The shipped configs as lines of text: one paragraph for each folder."""
+    folders: dict[str, list[str]] = {}
+    for name in config_names():
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    options: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "width": 100}
+    options |= {"break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(textwrap.fill("  ".join(names), **options) for names in folders.values())
+
+
 def load_config(name: str) -> ConfigDict:
     """The config of a shipped name or a path, with an optional `:argument` for its get_config.
 
@@ -60,8 +72,10 @@ def load_config(name: str) -> ConfigDict:
     elif shipped.is_file():
         path = shipped
     else:
+        near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise RunError(
-            f"There is no config {name!r}: neither a file nor one of {', '.join(config_names())}."
+            f"There is no config {name!r}: neither a file nor shipped.{hint} `diffjax` lists all."
         )
     with _importable_configs(path):
         spec = importlib.util.spec_from_file_location("diffjax_config", path)

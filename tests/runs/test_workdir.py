@@ -57,8 +57,8 @@ def test_a_config_of_ones_own_may_import_the_shipped_pieces(tmp_path):
     assert (config.optim.lr, config.training.batch_size) == (0.125, 32)
 
 
-def test_unknown_names_list_the_known(tmp_path):
-    with pytest.raises(RunError, match="neither a file nor one of .*digits"):
+def test_unknown_names_name_the_nearest(tmp_path):
+    with pytest.raises(RunError, match="neither a file nor shipped. Did you mean digits"):
         load_config("digit")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(RunError, match="must define get_config"):
