@@ -61,6 +61,15 @@ def per_sample(name: str, value: Array, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(value, shape)
 
 
+def check_condition(cond: Array | None, num_classes: int | None) -> None:
+    """Raises ValueError unless classes are given to a network with classes, and to no other."""
+    if (num_classes is None) != (cond is None):
+        raise ValueError(
+            f"cond must be given if and only if num_classes is set; got num_classes={num_classes} "
+            f"and cond {'absent' if cond is None else 'present'}. The label -1 stands for no class."
+        )
+
+
 def positional_embedding(label: Array, width: int) -> Array:
     """Sinusoids at fixed frequencies, eq. (1): shape (..., width); an odd width ends in a zero."""
     half = width // 2
@@ -109,11 +118,7 @@ def embed_label(
         features = positional_embedding(label, nf)
     temb = nn.Dense(4 * nf, dtype=label.dtype, kernel_init=default_init())(features)
     temb = nn.Dense(4 * nf, dtype=label.dtype, kernel_init=default_init())(act(temb))
-    if (num_classes is None) != (cond is None):
-        raise ValueError(
-            f"cond must be given if and only if num_classes is set; got num_classes={num_classes} "
-            f"and cond {'absent' if cond is None else 'present'}. The label -1 stands for no class."
-        )
+    check_condition(cond, num_classes)
     if num_classes is None or cond is None:
         return temb
     checks.in_range("cond", cond, -1, num_classes - 1)

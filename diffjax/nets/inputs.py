@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from diffjax.core import checks
 from diffjax.core.types import Array
-from diffjax.nets.embed import Dtype, per_sample
+from diffjax.nets.embed import Dtype, check_condition, per_sample
 
 
 def cosine_embedding(label: Array, width: int) -> Array:
@@ -54,11 +54,7 @@ def class_labels(
     drop: the probability with which a class becomes -1, from the module's key "label_dropout" and
       the sample's place; 0 asks for no key.
     """
-    if (num_classes is None) != (cond is None):
-        raise ValueError(
-            f"cond must be given if and only if num_classes is set; got num_classes={num_classes} "
-            f"and cond {'absent' if cond is None else 'present'}. The label -1 stands for no class."
-        )
+    check_condition(cond, num_classes)
     if num_classes is None or cond is None:
         return None
     checks.in_range("cond", cond, -1, num_classes - 1 if highest is None else highest)
