@@ -6,16 +6,17 @@ from configs import common, datasets
 
 
 def dit(image_size: int) -> ConfigDict:
-    """DiT-XL/2 on DDPM's 1,000 levels; image_size: that of the latents."""
+    """DiT-XL/2 on DDPM's 1,000 levels with a learned variance; image_size: that of the latents."""
     config = _transformer(image_size)
     config.process = {"name": "ddpm", "n": 1000, "beta_min": 0.1, "beta_max": 20.0}
-    config.precondition = {"name": "ddpm", "levels": 1000}
+    config.precondition = {"name": "ddpm", "levels": 1000, "learned_variance": "range"}
     config.loss.times = {"name": "discrete", "levels": 1000, "stratified": False}
-    config.model = {"name": "dit", "size": "XL/2", "return_sigma": False}
+    config.loss.update({"name": "hybrid", "bound_weight": 1.0})
+    config.model = {"name": "dit", "size": "XL/2"}
     config.sampling = {
         "steps": 249,
         "grid": {"name": "uniform", "end": 1e-3},
-        "solver": {"name": "ancestral"},
+        "solver": {"name": "ancestral", "variance": "learned"},
         "final": "tweedie",
     }
     return config
@@ -25,7 +26,7 @@ def sit(image_size: int) -> ConfigDict:
     """SiT-XL/2 on the rectified flow; image_size: that of the latents."""
     config = _transformer(image_size)
     config.process = {"name": "rectified_flow"}
-    config.precondition = {"name": "plain", "kind": "velocity"}
+    config.precondition = {"name": "sit"}
     config.loss.weight = {"name": "velocity"}
     config.model = {"name": "sit", "size": "XL/2"}
     config.sampling = {

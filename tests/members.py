@@ -19,23 +19,47 @@ from diffjax.core.pytree import pytree
 from diffjax.core.types import Array, Coeffs, Number
 from diffjax.inverse import Mask, Replace
 from diffjax.prediction import kinds, precondition
-from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP, Tabulated
+from diffjax.processes import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    MeanReverting,
+    RectifiedFlow,
+    SubVP,
+    Tabulated,
+)
 from diffjax.solvers import (
+    BDIADDIM,
+    BDIAEDM,
     DDIM,
+    GDDIM,
+    PLMS,
+    SEEDS2,
     Ancestral,
     AnnealedLangevin,
+    DPMSolver,
+    DPMSolverV3,
     EDMChurn,
     Euler,
     EulerMaruyama,
     Heun,
+    InLogSNR,
     Langevin,
+    ModelStatistics,
     NoPredictor,
     PredictorCorrector,
     ReverseDiffusion,
+    RungeKutta,
+    SDEDPMSolverPP,
+    TimeShift,
     ToEnd,
     Tweedie,
+    UniPC,
     grids,
+    unified,
 )
+from diffjax.solvers.tableaus import BOGACKI_SHAMPINE
 
 D = 16  # numbers a sample; never a batch size, so that a schedule per pixel is not ambiguous
 N = 5  # intervals
@@ -116,12 +140,19 @@ PROCESSES = [
     ProcessMember("rectified_flow", RectifiedFlow),
     # Rates jump at a knot: the ends lie between two.
     ProcessMember("tabulated", lambda: Tabulated.ddpm(100), low=0.025, high=0.985),
+    ProcessMember("mean_reverting", MeanReverting, low=0.1),  # in its centred coordinates
     ProcessMember("coeffs_only", Trigonometric),
     ProcessMember("per_pixel", lambda: PerPixel(jnp.linspace(1.0, 4.0, D)), scalar=False),
 ]
 
 
 # Solvers.
+
+
+def constant_statistics(ell: float, s: float) -> ModelStatistics:
+    """The same coefficients at all levels and elements."""
+    ends = jnp.asarray([-6.0, 6.0])
+    return ModelStatistics(ends, jnp.full(2, ell), jnp.full(2, s), jnp.full(2, 0.1))
 
 
 class SolverMember(NamedTuple):
@@ -180,10 +211,32 @@ SOLVERS = [
         ),
         scalar=True,
     ),
+    SolverMember("bdia_ddim", BDIADDIM(0.9), order=1),
+    SolverMember("bdia_edm", BDIAEDM(), order=2),
     SolverMember(
         "annealed_langevin", PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2))
     ),
+    SolverMember("unipc", UniPC(3, n_steps=float(N)), order=3),
+    SolverMember(
+        "dpmpp_2m_sde",
+        SDEDPMSolverPP(2, eta=0.5),
+        weak_order=2,
+        edges=(SDEDPMSolverPP(2, eta=0.0), SDEDPMSolverPP(2, eta=1.0)),
+    ),
+    SolverMember("dpm_3", DPMSolver(3), order=3, scalar=True),
+    SolverMember("plms", PLMS(), order=2),
 ]
+
+SOLVERS += [
+    SolverMember("bosh3", RungeKutta(BOGACKI_SHAMPINE, InLogSNR()), order=3, scalar=True),
+    SolverMember("seeds2", SEEDS2(), weak_order=2, scalar=True),
+    SolverMember("gddim", GDDIM(0.5), weak_order=1, edges=(GDDIM(0.0), GDDIM(1.0))),
+]
+SOLVERS += [
+    SolverMember("dpm_v3", DPMSolverV3(constant_statistics(0.7, -0.2), 2), order=2, scalar=True),
+    SolverMember("unified", unified([0, 1, 4, 6, 5]), order=1),
+]
+SOLVERS += [SolverMember("time_shift", TimeShift(DDIM(), 0.1, 0.2, 0.3), scalar=True)]
 
 HALF_KNOWN = Mask(jnp.arange(D) % 2 * 1.0)  # a mask of a sample
 SOLVERS += [
@@ -258,6 +311,9 @@ class Incompatible(NamedTuple):
 INCOMPATIBLE = [
     Incompatible("euler_maruyama", "rectified_flow", "g^2 is infinite at t = 1", "g.2 is infinite"),
     Incompatible("churn", "per_pixel", "no single noise level to raise", "per pixel"),
+    Incompatible("time_shift", "per_pixel", "one level for a sample's variance", "per pixel"),
+    Incompatible("dpm_v3", "per_pixel", "no single log-SNR to read the table at", "per pixel"),
+    Incompatible("bosh3", "per_pixel", "no single log-SNR to step in", "per pixel"),
     Incompatible("replace", "per_pixel", "one level for the known part", "per pixel"),
     Incompatible("predictor_corrector", "per_pixel", "one step size a sample", "per pixel"),
 ]
@@ -317,6 +373,7 @@ PRECONDITIONS = [
     PreconditionMember("score_sde_vp_discrete", lambda: precondition.score_sde_vp(1000)),
     PreconditionMember("score_sde_ve", precondition.score_sde_ve),
     PreconditionMember("score_sde_ve_discrete", lambda: precondition.score_sde_ve(1000)),
+    PreconditionMember("sit", precondition.sit),
 ]
 
 

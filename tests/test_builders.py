@@ -62,9 +62,13 @@ def test_unknown_solver_names_the_known_ones():
 
 def test_every_solver_and_grid_can_be_named():
     config = load_config("digits").unlock()
-    for name in set(builders.SOLVERS) - {"ode"}:
+    adaptive = {"ode", "dpm_adaptive", "adaptive_sde"}
+    for name in set(builders.SOLVERS) - adaptive:
         plan = builders.build_sampling(config, dj.VP(), solver=name, steps=7)
         assert plan.times.shape == (8,)
+    for name in adaptive:
+        plan = builders.build_sampling(config, dj.VP(), solver=name)
+        assert plan.adaptive and plan.times.shape == (2,)
     for name in builders.GRIDS:
         config.sampling.grid = {"name": name}
         assert builders.build_sampling(config, dj.VP()).times[-1] == 0

@@ -43,6 +43,7 @@ DISTINCT = [
     "ve/ncsnv2/cifar10",
     "edm/cifar10_cond_ve",
     "edm/imagenet64_cond_adm",
+    "dit/imagenet256_xl2",
     "sit/imagenet256_xl2",
 ]
 
@@ -149,6 +150,14 @@ def test_dit_has_its_published_options(name):
     assert (config["training.batch_size"], config["optim.lr"]) == (256, 1e-4)
     assert config["optim.warmup"] == config["optim.weight_decay"] == 0
     assert config["ema.rate"] == 0.9999
+    if name.startswith("dit"):
+        # A learned range, trained by the bound without a factor and used by the sampler.
+        assert (config["loss.name"], config["loss.bound_weight"]) == ("hybrid", 1)
+        assert config["loss.times.levels"] == config["process.n"] == 1000
+        assert config["precondition.learned_variance"] == "range"
+        assert config["sampling.solver.variance"] == "learned"
+    else:
+        assert config["precondition.name"] == "sit"
     # 675,129,632 with the positions of 256 patches of width 1152; 1,024 patches at 512 pixels.
     assert count(name) == 675_129_632 + 1152 * ((DIT[name] // 2) ** 2 - 256)
 

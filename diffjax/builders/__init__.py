@@ -13,6 +13,7 @@ argument that the callable does not take raises, with the nearest name it does t
 from diffjax.builders.data import build_source
 from diffjax.builders.make import BuildError, make
 from diffjax.builders.model import (
+    LEARNED_VARIANCES,
     NETS,
     PRECONDITIONS,
     PROCESSES,
@@ -28,6 +29,7 @@ from diffjax.builders.sampling import (
     SOLVERS,
     Sampling,
     build_sampling,
+    with_tolerances,
 )
 from diffjax.builders.training import (
     REDUCES,
@@ -45,6 +47,7 @@ __all__ = [
     "CORRECTORS",
     "FINALS",
     "GRIDS",
+    "LEARNED_VARIANCES",
     "NETS",
     "PRECONDITIONS",
     "PREDICTORS",
@@ -67,4 +70,5 @@ __all__ = [
     "build_times",
     "is_classifier",
     "make",
+    "with_tolerances",
 ]

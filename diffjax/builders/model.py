@@ -30,6 +30,7 @@ PROCESSES: dict[str, Callable[..., processes.Process]] = {
     "cosine": processes.Cosine,
     "ddpm": processes.Tabulated.ddpm,
     "rectified_flow": processes.RectifiedFlow,
+    "mean_reverting": processes.MeanReverting,
 }
 
 NETS: dict[str, Callable[..., Any]] = {
@@ -68,6 +69,13 @@ PRECONDITIONS: dict[str, Callable[..., precondition.Precondition]] = {
     "edm_vp": precondition.vp,
     "edm_ve": precondition.ve,
     "iddpm": precondition.iddpm,
+    "sit": precondition.sit,
+}
+
+# What the second half of a network's channels means; see `diffjax.prediction.learned`.
+LEARNED_VARIANCES: dict[str, Callable[..., prediction.LearnedVariance]] = {
+    "range": prediction.LearnedRange,
+    "log": prediction.LearnedLog,
 }
 
 
@@ -90,6 +98,7 @@ class Parts(NamedTuple):
     quantisation: Quantisation
     image_shape: tuple[int, int, int]
     num_classes: int | None  # of the conditions that the network takes; None: unconditional
+    learned_variance: prediction.LearnedVariance | None = None
 
     def denoiser(self, params: PyTree, cond: Array | None = None) -> prediction.Denoiser:
         """The network with these weights as a denoiser, without dropout. cond: labels, (B,)."""
@@ -98,6 +107,7 @@ class Parts(NamedTuple):
             self.process,
             variables={"params": params},
             cond=cond,
+            learned_variance=self.learned_variance,
             **self.precondition._asdict(),
         )
 
@@ -121,14 +131,21 @@ class Parts(NamedTuple):
 def build_parts(config: Any) -> Parts:
     """The model's parts of a config. Raises BuildError."""
     net = make(NETS, config.model, "model")
+    convention = dict(config.precondition)
+    rule = convention.pop("learned_variance", None)
     return Parts(
         process=make(PROCESSES, config.process, "process"),
         net=net,
-        precondition=make(PRECONDITIONS, config.precondition, "precondition"),
+        precondition=make(PRECONDITIONS, convention, "precondition"),
         quantisation=build_quantisation(config),
         image_shape=(*image_size(config.data.image_size), config.data.num_channels),
         num_classes=getattr(net, "num_classes", None),
+        learned_variance=None if rule is None else _learned_variance(rule),
     )
+
+
+def _learned_variance(name: Any) -> prediction.LearnedVariance:
+    return make(LEARNED_VARIANCES, {"name": name}, "precondition.learned_variance")
 
 
 def image_size(size: Any) -> tuple[int, int]:

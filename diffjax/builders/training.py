@@ -86,6 +86,9 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
             f"config.loss.reduce must be one of {', '.join(REDUCES)}; got {config.loss.reduce!r}."
         )
     reduce = REDUCES[config.loss.reduce]
+    objective = functools.partial(
+        _objective(config, parts), times=times, weight=weight, reduce=reduce
+    )
     augment = build_augment(config, parts) if train else None
 
     def loss_fn(params: PyTree, key: Key, batch: Mapping[str, Array]):
@@ -102,13 +105,42 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
             parts.process,
             variables={"params": params},
             cond=None if parts.num_classes is None else batch["label"],
+            learned_variance=parts.learned_variance,
             **parts.precondition._asdict(),
         )
-        return denoising_score_matching(
-            keys, denoise, parts.process, x0, times=times, weight=weight, reduce=reduce
-        )
+        return objective(keys, denoise, parts.process, x0)
 
     return loss_fn
+
+
+def _objective(config: Any, parts: Parts) -> Callable[..., Any]:
+    """The loss that config.loss.name names: "denoising", the default, or "hybrid".
+
+    "hybrid" trains a learned variance too, and takes the field bound_weight. Raises BuildError
+    where the config has no learned variance, or times other than DDPM's levels.
+    """
+    section = dict(config.loss)
+    if section.get("name", "denoising") == "denoising":
+        if "bound_weight" in section:
+            raise BuildError("config.loss.bound_weight belongs to config.loss.name = 'hybrid'.")
+        return denoising_score_matching
+    if parts.learned_variance is None:
+        raise BuildError(
+            "config.loss.name = 'hybrid' trains a learned variance: set "
+            "config.precondition.learned_variance = 'range', and a network with twice the channels."
+        )
+    times = dict(section["times"])
+    if times["name"] != "discrete" or times.get("placement", "right") != "right":
+        raise BuildError(
+            "config.loss.name = 'hybrid' is defined on discrete levels: set config.loss.times.name "
+            f"= 'discrete', its placement 'right'; got {times}."
+        )
+    return functools.partial(
+        losses.hybrid,
+        levels=times["levels"],
+        bound_weight=section.get("bound_weight", 1.0),
+        quantisation=parts.quantisation,
+    )
 
 
 def _clean(config: Any, parts: Parts, keys: Key, images: Array, *, train: bool) -> Array:
@@ -127,9 +159,10 @@ def _clean(config: Any, parts: Parts, keys: Key, images: Array, *, train: bool) 
 def is_classifier(config: Any) -> bool:
     """Whether a config trains a classifier of noisy images, not a denoiser. Raises BuildError."""
     name = dict(config.loss).get("name", "denoising")
-    if name not in ("denoising", "classification"):
+    if name not in ("denoising", "hybrid", "classification"):
         raise BuildError(
-            f"config.loss.name must be 'denoising', the default, or 'classification'; got {name!r}."
+            "config.loss.name must be 'denoising', the default, 'hybrid' (with a learned variance) "
+            f"or 'classification'; got {name!r}."
         )
     return name == "classification"
 

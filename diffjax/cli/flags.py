@@ -26,6 +26,9 @@ class Definer:
     def integer(self, name: str, default: int | None, about: str) -> None:
         absl_flags.DEFINE_integer(name, default, about, flag_values=self._values)
 
+    def number(self, name: str, default: float | None, about: str) -> None:
+        absl_flags.DEFINE_float(name, default, about, flag_values=self._values)
+
     def switch(self, name: str, default: bool, about: str) -> None:
         absl_flags.DEFINE_bool(name, default, about, flag_values=self._values)
 

@@ -20,6 +20,7 @@ ABOUT = """diffjax import: make a workdir of another code's weights.
   diffusers   UNet2DModel of DDPM or NCSN++ (.safetensors, .bin), config.json beside it
   adm         guided-diffusion (.pt)
   dit         DiT (.pt)
+  sit         SiT (.pt)
   diffjax     diffjax.interop.native (.safetensors)
 PyTorch is not needed. The config says how the network is built and asked; the weights must fit it
 and must denoise under it, else nothing is written and the likely cause is named."""

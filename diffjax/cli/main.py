@@ -10,6 +10,7 @@ VERBS = {
     "sample": "draw images from a trained model",
     "evaluate": "measure a trained model",
     "import": "make a workdir of another code's weights",
+    "export": "write a trained model's sampler as one file",
 }
 # A verb whose name no Python module can have.
 _MODULES = {"import": "import_weights"}

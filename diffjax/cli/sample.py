@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -12,6 +13,8 @@ ABOUT = """diffjax sample: draw images from a trained model.
 
   diffjax sample --workdir=W --num=100 --solver=heun --steps=20
   diffjax sample --workdir=W --seeds=0-49999 --format=png --out=W/images
+  diffjax sample --workdir=W --solver=ode --rtol=1e-3 --atol=1e-4
+  diffjax sample --workdir=W --solver=ddim --schedule=ddim8.json
 
 Writes <out>/<name>.npz (`images`, uint8 levels) or <out>/<name>/<i>.png, and a grid <name>.png.
 Image i depends on its seed alone: not on the batch size, nor on how many are drawn."""
@@ -33,6 +36,9 @@ def _sample(argv: Sequence[str]) -> int:
     define.text("labels", None, "classes, as 0-9 or 3,3,8, repeated")
     define.text("solver", None, "solver; the config's by default")
     define.integer("steps", None, "intervals of the grid; the config's")
+    define.number("rtol", None, "relative tolerance of an adaptive solver; its own by default")
+    define.number("atol", None, "absolute tolerance of an adaptive solver; its own by default")
+    define.text("schedule", None, "a searched schedule's file, in place of the grid")
     define.integer("step", None, "checkpoint; the newest by default")
     define.integer("batch_size", None, "images at once; the config's")
     define.text("format", "npz", "npz or png")
@@ -46,7 +52,7 @@ def _sample(argv: Sequence[str]) -> int:
         raise RunError("--workdir is missing: the run to sample from.")
     flags.enable_compilation_cache()
     from diffjax.runs.model import load
-    from diffjax.runs.sample import sample_to, seed_keys, write_path
+    from diffjax.runs.sample import check_path, sample_to, seed_keys, write_path
 
     model = load(values.workdir, step=values.step)
     seeds = numbers("seeds", values.seeds) if values.seeds else list(range(values.num))
@@ -54,6 +60,14 @@ def _sample(argv: Sequence[str]) -> int:
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(len(seeds))]
     options = {"solver": values.solver, "steps": values.steps, "labels": labels}
+    if values.schedule is not None:
+        options["schedule"] = _schedule(values.schedule)
+    chosen = {name: options.get(name) for name in ("solver", "steps", "schedule")}
+    plan = builders.build_sampling(model.config, model.parts.process, **chosen)
+    if values.path:
+        check_path(plan)
+    if values.rtol is not None or values.atol is not None:
+        options["solver"] = builders.with_tolerances(plan, values.rtol, values.atol).solver
     out = Path(values.out or values.workdir)
     with flags.bar("images", len(seeds)) as progress:
         written = sample_to(
@@ -74,6 +88,16 @@ def _sample(argv: Sequence[str]) -> int:
         files = [*files, path]
     print(f"Drew {len(seeds)} images of step {model.step}: {', '.join(map(str, files))}.")
     return 0
+
+
+def _schedule(path: str) -> Any:
+    """The schedule of a file. Raises RunError for anything else."""
+    from diffjax.search import ScheduleError, load_schedule
+
+    try:
+        return load_schedule(path)
+    except ScheduleError as error:
+        raise RunError(f"--schedule: {error}") from error
 
 
 def numbers(name: str, text: str) -> list[int]:

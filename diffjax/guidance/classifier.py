@@ -68,7 +68,7 @@ def class_score(classify: Classify, x_t: PyTree, t: Array, labels: Array) -> PyT
 class ClassifierGuided:
     """A denoiser guided by a classifier, eq. (2): a pytree callable (x_t, t) -> Prediction.
 
-    cond: the labels, (B,).
+    cond: the labels, (B,). scale: one, or (B,), one a sample.
     """
 
     denoise: DenoiseFn
@@ -92,7 +92,7 @@ class ClassifierGuided:
         """The guided denoiser of the samples `index`, (k,)."""
         inner = self.denoise
         taken = inner.take(index) if hasattr(inner, "take") else inner
-        return replace(self, denoise=taken, cond=self.cond[index])
+        return replace(self, denoise=taken, cond=self.cond[index], scale=_taken(self.scale, index))
 
     def check_times(self, times: Array) -> None:
         """Raises ValueError for a time at which alpha = 0, and what the inner denoiser refuses."""
@@ -112,7 +112,7 @@ class ClassifierGuidance:
     """The guide: `ClassifierGuidance(classify, process, labels)(denoise)` is a guided denoiser.
 
     classify: (x_t, t) -> logits (B, K) under this process; a pytree if it is to pass through `jit`.
-    process: the denoiser's. labels: (B,), integers in 0..K-1. scale: w of eq. (2).
+    process: the denoiser's. labels: (B,), integers in 0..K-1. scale: w of eq. (2), one or (B,).
     """
 
     classify: Classify
@@ -134,7 +134,13 @@ class ClassifierGuidance:
 
     def take(self, index: Array) -> "ClassifierGuidance":
         """The guide of the samples `index`, (k,)."""
-        return replace(self, labels=jnp.asarray(self.labels)[index])
+        labels = jnp.asarray(self.labels)[index]
+        return replace(self, labels=labels, scale=_taken(self.scale, index))
+
+
+def _taken(scale: Number, index: Array) -> Number:
+    """The scales of the samples `index`, where each has its own."""
+    return scale if jnp.ndim(scale) == 0 else jnp.asarray(scale)[index]
 
 
 @pytree

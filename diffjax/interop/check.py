@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core.numerics import scale
-from diffjax.core.pytree import pytree
 from diffjax.core.types import Array, Key
 from diffjax.prediction import kinds
 from diffjax.prediction import precondition as pre
@@ -51,29 +50,17 @@ NOISE_LEVELS = (5.0, 10.0, 20.0)
 Apply = Callable[[Array, Array], Array]
 
 
-@pytree
-class Flipped:
-    """A kind of output with the other sign."""
-
-    kind: kinds.Kind
-
-    def row(self, process: Any, t: Array) -> kinds.Row:
-        """The kind's row, negated."""
-        a, b = self.kind.row(process, t)
-        return kinds.Row(-a, -b)
-
-
 KINDS: tuple[kinds.Kind, ...] = (
     kinds.Eps(),
     kinds.SigmaScore(),
     kinds.X0(),
     kinds.V(),
-    Flipped(kinds.V()),
+    kinds.Negated(kinds.V()),
     kinds.Score(),
     kinds.EDMF(),
-    Flipped(kinds.X0()),
+    kinds.Negated(kinds.X0()),
     kinds.Velocity(),
-    Flipped(kinds.Velocity()),
+    kinds.Negated(kinds.Velocity()),
 )
 SCALINGS: tuple[pre.OfTime, ...] = (
     pre.Unscaled(),
@@ -88,6 +75,7 @@ def labels() -> tuple[pre.OfTime, ...]:
     return (
         pre.Time(999.0),
         pre.Time(1.0),
+        pre.ReversedTime(),
         pre.NoiseLevel(),
         pre.LogNoiseLevel(1.0),
         pre.LogNoiseLevel(0.25),

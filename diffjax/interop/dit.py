@@ -5,6 +5,10 @@ of flattened patches (p p C, D), rows in the order (row, column, channel); the p
 their first axis. A training checkpoint holds `ema`, which is taken; a published file is a bare
 state_dict.
 
+The two codes' files look alike and mean different things: DiT's network is asked at the levels
+0 ... 999 and says (eps, v), `precondition.ddpm` with `prediction.LearnedRange`; SiT's is asked at
+t' in [0, 1] with the noise at 0 and says the velocity from noise to data, `precondition.sit`.
+
 Reference: https://github.com/facebookresearch/DiT (models.py), https://github.com/willisma/SiT.
 """
 

@@ -9,7 +9,8 @@ r"""Files of the guided-diffusion code: ADM as OpenAI publishes it.
 A block is in_layers.0 (norm), in_layers.2, emb_layers.1, out_layers.0 (norm), out_layers.3 and
 skip_connection. The rows of a fused q, k, v are in the order (head, q/k/v, channel), "legacy", in
 all published files but the 64-pixel model, which has (q/k/v, head, channel), "new": the file does
-not say which.
+not say which. All of them return twice the channels of x: eps, and the v of
+`prediction.LearnedRange`; the network is asked at the levels 0 ... 999, `precondition.ddpm`.
 
 Reference: https://github.com/openai/guided-diffusion (unet.py).
 """

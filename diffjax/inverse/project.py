@@ -85,9 +85,7 @@ class Replace:
     def settle_stages(self) -> int:
         return getattr(self.solver, "settle_stages", 0)
 
-    @property
-    def stochastic(self) -> bool:
-        return True
+    stochastic = True
 
     @property
     def predictor(self) -> Solver:

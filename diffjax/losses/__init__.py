@@ -1,6 +1,7 @@
 """Training objectives: denoising score matching, its weightings and its times."""
 
 from diffjax.losses.classification import classification
+from diffjax.losses.hybrid import hybrid
 from diffjax.losses.matching import Reduce, denoising_score_matching, half_sum, mean, total
 from diffjax.losses.times import (
     DiscreteTimes,
@@ -31,6 +32,7 @@ __all__ = [
     "classification",
     "denoising_score_matching",
     "half_sum",
+    "hybrid",
     "mean",
     "total",
 ]

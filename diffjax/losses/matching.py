@@ -16,13 +16,14 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffjax.core.numerics import at_least_float32, batch_size, size_per_sample, sum_per_sample
 from diffjax.core.random import normal_like, sample_keys
-from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, Prediction, PyTree
 from diffjax.losses.times import TimeSampler, UniformTimes
 from diffjax.losses.weights import Weight
 from diffjax.prediction.kinds import Eps, target
@@ -67,17 +68,44 @@ def denoising_score_matching(
     times, weight, reduce: see `losses.times`, `losses.weights` and the module's docstring.
     The dict has "t", and "eps_error" and "x0_error", the unweighted means over D of the squares.
     """
+    asked = ask(key, denoise, process, x0, times)
+    return match(asked, process, weight, reduce)
+
+
+class Asked(NamedTuple):
+    """A batch at its drawn times, and what the network says of it.
+
+    x0, x_t, eps: (B, *data), trees. t, importance: (B,), the times and their samplers' weights.
+    """
+
+    x0: PyTree
+    x_t: PyTree
+    eps: PyTree
+    t: Array
+    importance: Array
+    prediction: Prediction
+
+
+def ask(key: Key, denoise: DenoiseFn, process: Process, x0: PyTree, times: TimeSampler) -> Asked:
+    """Draws times and noise, eq. (1), and calls the network once. As `denoising_score_matching`."""
     x0 = at_least_float32(x0)
     keys = sample_keys(key, batch_size(x0))
     t, importance = times(keys, process)
     eps = normal_like(keys, "eps", x0)
-    prediction = denoise(perturb(process, x0, t, eps), t)
-    x0_error = jax.tree.map(jnp.subtract, prediction.x0, x0)
-    eps_error = jax.tree.map(jnp.subtract, prediction.eps, eps)
-    error = target(weight, process, x0_error, eps_error, t)
-    losses = importance * reduce(_squares(error))
+    x_t = perturb(process, x0, t, eps)
+    return Asked(x0, x_t, eps, t, importance, denoise(x_t, t))
+
+
+def match(
+    asked: Asked, process: Process, weight: Weight, reduce: Reduce
+) -> tuple[Array, dict[str, Array]]:
+    """Eq. (2), (B,), and what to watch. As `denoising_score_matching`."""
+    x0_error = jax.tree.map(jnp.subtract, asked.prediction.x0, asked.x0)
+    eps_error = jax.tree.map(jnp.subtract, asked.prediction.eps, asked.eps)
+    error = target(weight, process, x0_error, eps_error, asked.t)
+    losses = asked.importance * reduce(_squares(error))
     watch = {
-        "t": t,
+        "t": asked.t,
         "eps_error": mean(_squares(eps_error)),
         "x0_error": mean(_squares(x0_error)),
     }

@@ -1,12 +1,14 @@
 """What a network's output means, and how it becomes a denoiser."""
 
 from diffjax.prediction import precondition
+from diffjax.prediction.centre import anchored, centre, to_centred, uncentre
 from diffjax.prediction.kinds import (
     EDMF,
     X0,
     Eps,
     Kind,
     KindName,
+    Negated,
     Row,
     Score,
     SigmaScore,
@@ -17,6 +19,7 @@ from diffjax.prediction.kinds import (
     determinant,
     target,
 )
+from diffjax.prediction.learned import LearnedLog, LearnedRange, LearnedVariance, StepVariance
 from diffjax.prediction.wrap import Denoiser, make_denoiser
 
 __all__ = [
@@ -26,15 +29,24 @@ __all__ = [
     "Eps",
     "Kind",
     "KindName",
+    "LearnedLog",
+    "LearnedRange",
+    "LearnedVariance",
+    "Negated",
     "Row",
     "Score",
     "SigmaScore",
+    "StepVariance",
     "V",
     "Velocity",
+    "anchored",
     "as_kind",
+    "centre",
     "decode",
     "determinant",
     "make_denoiser",
     "precondition",
     "target",
+    "to_centred",
+    "uncentre",
 ]

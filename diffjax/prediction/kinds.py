@@ -14,6 +14,7 @@ deviation; ' is d/dt.
     v           -sigma                   alpha                   alpha^2 + sigma^2
     velocity    alpha'                   sigma'                  |alpha' sigma - sigma' alpha|
     F (EDM)     sigma/(s_d q)            -alpha s_d/q            q/s_d                         (3)
+    negated     -a, -b of another kind
 
 with q = sqrt(sigma^2 + alpha^2 s_d^2). Training uses (2) forwards (`target`); sampling solves (1)
 and (2) for (x0, eps) (`decode`). A zero in a row is the Python number 0.0: such a triangular system
@@ -129,6 +130,21 @@ class EDMF:
         alpha, _, sigma = process.coeffs(t)
         q = jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
         return Row(sigma / (self.sigma_data * q), -alpha * self.sigma_data / q)
+
+
+@pytree
+class Negated:
+    """The network predicts minus what another kind predicts.
+
+    `Negated(Velocity())` is the velocity of a clock that runs the other way, from noise to data.
+    """
+
+    kind: Kind = Velocity()
+
+    def row(self, process: Process, t: Array) -> Row:
+        """The kind's row, negated."""
+        a, b = self.kind.row(process, t)
+        return Row(a if _is_zero(a) else -a, b if _is_zero(b) else -b)
 
 
 KindName = Literal["eps", "x0", "score", "sigma_score", "v", "velocity", "F"]

@@ -21,6 +21,10 @@ and the conventions of the Score-SDE code (unscaled inputs):
     VE continuous           sigma                                       score_sde_ve()
     VE discrete             round((1 - t)(N - 1)): 0 is the noisiest    score_sde_ve(levels=N)   (6)
 
+and of SiT, whose clock runs from noise at 0 to data at 1, t' = 1 - t:
+
+    flow                    t', and out = d x/dt' = -d x_t/dt           sit()                    (7)
+
 References:
 [1] Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
     https://arxiv.org/abs/2206.00364, table 1 and appendix C.
@@ -28,6 +32,9 @@ References:
     https://arxiv.org/abs/2011.13456, and its code, https://github.com/yang-song/score_sde.
 [3] Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021,
     https://arxiv.org/abs/2102.09672.
+[4] Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant
+    Transformers", 2024, https://arxiv.org/abs/2401.08740, and its code,
+    https://github.com/willisma/SiT.
 """
 
 import math
@@ -39,7 +46,7 @@ import numpy as np
 from diffjax.core import checks
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, Number
-from diffjax.prediction.kinds import EDMF, Eps, Kind, Score, SigmaScore
+from diffjax.prediction.kinds import EDMF, Eps, Kind, Negated, Score, SigmaScore, Velocity
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import log_snr
 from diffjax.processes.variance import VP
@@ -93,6 +100,18 @@ class Time:
     def __call__(self, process: Process, t: Array) -> Array:
         """Shaped like t."""
         return self.factor * jnp.asarray(t)
+
+
+@pytree
+class ReversedTime:
+    """label = factor (end - t), eq. (7): a clock that runs from noise at 0 to data at `end`."""
+
+    end: Number = 1.0
+    factor: Number = 1.0
+
+    def __call__(self, process: Process, t: Array) -> Array:
+        """Shaped like t."""
+        return self.factor * (self.end - jnp.asarray(t))
 
 
 @pytree
@@ -244,3 +263,12 @@ def score_sde_ve(levels: int | None = None, rounded: bool = True) -> Preconditio
     """
     label = NoiseLevel() if levels is None else DescendingIndex(levels, rounded)
     return Precondition(Score(), Unscaled(), label)
+
+
+def sit() -> Precondition:
+    """SiT's networks [4], eq. (7): of `processes.RectifiedFlow` for its linear path.
+
+    In its clock x = t' x0 + (1 - t') eps, and the velocity is x0 - eps. Its other paths are asked
+    in the same way, under a process with their alpha and sigma at 1 - t'.
+    """
+    return Precondition(Negated(Velocity()), Unscaled(), ReversedTime())

@@ -1,5 +1,6 @@
 """Forward processes x_t = alpha x0 + beta y + sigma eps and their calculus."""
 
+from diffjax.processes.anchored import ConstantReversion, CosineReversion, MeanReverting
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import (
     between,
@@ -26,7 +27,10 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "ConstantReversion",
     "Cosine",
+    "CosineReversion",
+    "MeanReverting",
     "Process",
     "RectifiedFlow",
     "SubVP",

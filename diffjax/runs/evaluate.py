@@ -29,7 +29,7 @@ import numpy as np
 
 from diffjax import builders
 from diffjax.core.files import write_atomic
-from diffjax.runs import classifiers, judges, likelihoods
+from diffjax.runs import classifiers, hosts, judges, likelihoods
 from diffjax.runs.evaluation import Evaluation, Figures
 from diffjax.runs.model import Model, load
 from diffjax.runs.workdir import RunError, read_config
@@ -60,6 +60,8 @@ def evaluate(
 ) -> dict[str, Figures]:
     """Measures a checkpoint (the newest by default) and writes eval/<metric>.json for each metric.
 
+    Of several processes each gathers its share of the images for fid, is, kid, pr, frechet and
+    quality; all find the same, and the first writes.
     samples: an `.npz` with `images` to judge instead of drawing. options: those of `Evaluation`.
     Raises RunError for an unknown metric, a samples file that does not fit, and for a metric whose
     network is missing.
@@ -81,7 +83,8 @@ def evaluate(
         figures = METRICS[name](run) | {"step": model.step, "seed": run.seed}
         if samples is not None and name in OF_SAMPLES:
             figures["judged"] = str(samples)
-        write_atomic(folder / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+        if hosts.is_first():
+            write_atomic(folder / f"{name}.json", json.dumps(figures, indent=2) + "\n")
         found[name] = figures
     shutil.rmtree(folder / "partial", ignore_errors=True)
     return found

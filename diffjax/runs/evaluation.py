@@ -13,7 +13,7 @@ import numpy as np
 from diffjax import builders
 from diffjax.core import random
 from diffjax.metrics import classifier
-from diffjax.runs import extractors, stats
+from diffjax.runs import extractors, hosts, stats
 from diffjax.runs.extractors import Extractor
 from diffjax.runs.gather import Gathered, gather
 from diffjax.runs.model import Model
@@ -99,6 +99,10 @@ class Evaluation:
         """The samples to judge, all at once, uint8 levels."""
 
         def draw():
+            if hosts.count() > 1:
+                batches = self.sample_batches()
+                pairs = [batches[k] for k in hosts.share(len(batches))]
+                return hosts.in_order([images[mask] for images, mask in pairs], len(batches))
             key = jax.random.fold_in(self.key, 1)
             return self.model.sample(key, self.num, labels=self.labels(), **self.sampling)
 
@@ -185,7 +189,7 @@ class Evaluation:
         if known is None and given is not None:
             known = stats.read_stats(given, extractor)
         own = None if self.folder is None else self.folder / f"reference_{_short(extractor)}.npz"
-        if known is None and own is not None and own.is_file():
+        if known is None and own is not None and hosts.all_agree(own.is_file()):
             known = stats.read_stats(own, extractor)
         if known is not None and keep and known.features is None and given is not None:
             raise RunError(

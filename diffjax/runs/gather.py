@@ -7,8 +7,12 @@ on from there. The sums are saved with their rounding errors and a batch depends
 alone, so the figures are those of an uninterrupted run, bit for bit. A state of other images,
 another network or other settings (`fingerprint`) is thrown away.
 
-The digest of images is a chain over their bytes, h_i = SHA-256(h_{i-1}, image i), h_0 = 32 zeros:
-it can be saved, and does not depend on the batches.
+Where there are several processes (`jax.distributed.initialize`), each does its share of the batches
+(`runs.hosts`), keeps its own state, and all merge their sums in the order of the processes: every
+process returns the same. The sums keep their rounding errors, so their number hardly shows.
+
+The digest of images is the sum modulo 2^256 of SHA-256(i, image i), i as 8 bytes, the least first:
+it can be saved, merged, and depends neither on the batches nor on the processes.
 """
 
 import hashlib
@@ -25,6 +29,7 @@ from jax.sharding import Mesh
 
 from diffjax.core.types import PyTree
 from diffjax.metrics import classifier_score, moments
+from diffjax.runs import hosts
 from diffjax.runs.extractors import Extractor, write_npz
 from diffjax.train.mesh import batch_sharding, make_mesh, replicated
 
@@ -60,6 +65,12 @@ def _add(sums: PyTree, call: PyTree, images: jax.Array, mask: jax.Array, split: 
     ), outputs.features
 
 
+@jax.jit
+def _merge(a: PyTree, b: PyTree) -> PyTree:
+    """The sums over two shares of the batches."""
+    return moments.merge(a[0], b[0]), classifier_score.merge(a[1], b[1])
+
+
 def gather(
     extractor: Extractor,
     batches: Batches,
@@ -74,13 +85,19 @@ def gather(
 ) -> Gathered:
     """Sums over all batches, going on where a call before was stopped.
 
+    All batches have as many rows; `mask` is a prefix of them, all of them but in the last batch.
     total: images in all; splits: of the classifier score, equal runs of them. keep: also the
-    features. folder: where the state is kept; None keeps none. progress: called with images done.
+    features. folder: where the state is kept; None keeps none. progress: called with images done,
+    by this process.
     """
     width, logits = extractor.sizes
     sums: PyTree = moments.zeros(width), classifier_score.zeros(logits, splits)
-    known = json.loads(json.dumps((fingerprint or {}) | {"splits": splits, "keep": keep}))
-    start, count, digest = 0, 0, bytes(32)
+    place = [hosts.index(), hosts.count()]
+    known = (fingerprint or {}) | {"splits": splits, "keep": keep, "process": place}
+    known = json.loads(json.dumps(known))
+    if folder is not None and place[1] > 1:
+        folder = folder / f"process_{place[0]}_of_{place[1]}"
+    start, count, digest = 0, 0, 0
     kept: list[np.ndarray] = []
     saved = None if folder is None else _restore(folder, known, sums)
     if saved is not None:
@@ -90,24 +107,37 @@ def gather(
     mesh = make_mesh(jax.local_devices())
     call = jax.device_put(extractor.call, replicated(mesh))
     unsaved: list[np.ndarray] = []
-    for index in range(start, len(batches)):
+    mine = hosts.share(len(batches))
+    for done, index in enumerate(mine[start:], start + 1):
         images, mask = batches[index]
-        split = classifier_score.contiguous(
-            jnp.asarray(count + np.cumsum(mask) - mask), total, splits
-        )
+        places = index * len(images) + np.arange(len(images))
+        split = classifier_score.contiguous(jnp.asarray(places), total, splits)
         # Laid out alike in every call, so that going on computes what going through does.
         sums = jax.device_put(sums, replicated(mesh))
         sums, features = _add(sums, call, *(_placed(mesh, x) for x in (images, mask, split)))
-        digest = _chain(digest, images[mask])
+        digest = (digest + _digest(places[mask], images[mask])) % 2**256
         count += int(mask.sum())
         if keep:
             unsaved.append(np.asarray(features)[mask])
-        if folder is not None and ((index + 1) % every == 0 or index + 1 == len(batches)):
-            kept += _save(folder, known, index + 1, count, digest, sums, unsaved)
+        if folder is not None and (done % every == 0 or done == len(mine)):
+            _save(folder, known, done, count, digest, sums, unsaved)
+            kept += unsaved
             unsaved = []
         progress(count)
-    rows = np.concatenate([*kept, *unsaved]) if keep else None
-    return Gathered(count, sums[0], sums[1], digest.hex(), rows)
+    rows = hosts.in_order([*kept, *unsaved], len(batches)) if keep else None
+    return _merged(sums, count, digest, rows)
+
+
+def _merged(sums: PyTree, count: int, digest: int, rows: np.ndarray | None) -> Gathered:
+    """The result of all processes, each with its part."""
+    part = (sums, np.asarray(count, np.int32), np.frombuffer(digest.to_bytes(32), np.uint8))
+    parts = hosts.exchange(part)
+    merged = jax.tree.map(jnp.asarray, parts[0][0])
+    for others, _, _ in parts[1:]:
+        merged = _merge(merged, others)
+    num = sum(int(n) for _, n, _ in parts)
+    digest = sum(int.from_bytes(d.tobytes()) for _, _, d in parts) % 2**256
+    return Gathered(num, merged[0], merged[1], digest.to_bytes(32).hex(), rows)
 
 
 def _placed(mesh: Mesh, leaf: Any) -> jax.Array:
@@ -116,10 +146,12 @@ def _placed(mesh: Mesh, leaf: Any) -> jax.Array:
     return jax.device_put(leaf, batch_sharding(mesh) if even else replicated(mesh))
 
 
-def _chain(digest: bytes, images: np.ndarray) -> bytes:
-    for image in np.ascontiguousarray(images):
-        digest = hashlib.sha256(digest + image.tobytes()).digest()
-    return digest
+def _digest(places: np.ndarray, images: np.ndarray) -> int:
+    """The sum of the images' hashes, each with its place."""
+    images = np.ascontiguousarray(images)
+    parts = zip(places, images, strict=True)
+    hashes = (hashlib.sha256(int(i).to_bytes(8, "little") + image.tobytes()) for i, image in parts)
+    return sum(int.from_bytes(found.digest()) for found in hashes)
 
 
 def _save(
@@ -127,22 +159,21 @@ def _save(
     known: dict[str, Any],
     done: int,
     count: int,
-    digest: bytes,
+    digest: int,
     sums: PyTree,
     unsaved: list[np.ndarray],
-) -> list[np.ndarray]:
-    """Writes the new features, then the state that counts them. Returns the new features."""
-    rows = [np.concatenate(unsaved)] if unsaved else []
-    for array in rows:
-        write_npz(folder / f"features-{done:08d}.npz", {"features": array})
+) -> None:
+    """Writes the features of each new batch, then the state that counts them."""
+    if unsaved:
+        arrays = {f"batch_{i:04d}": array for i, array in enumerate(unsaved)}
+        write_npz(folder / f"features-{done:08d}.npz", arrays)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(sums))}
-    state = {"known": known, "done": done, "count": count, "digest": digest.hex()}
+    state = {"known": known, "done": done, "count": count, "digest": f"{digest:064x}"}
     write_npz(folder / "state.npz", leaves | {"state": json.dumps(state)})
-    return rows
 
 
 def _restore(folder: Path, known: dict[str, Any], sums: PyTree):
-    """(batches done, images, digest, sums, features) of a saved state; None where none fits."""
+    """(batches done, images, digest, sums, features by batch) of a saved state, None without."""
     path = folder / "state.npz"
     if not path.is_file():
         return None
@@ -159,6 +190,6 @@ def _restore(folder: Path, known: dict[str, Any], sums: PyTree):
             # A file written after the state, by a process that stopped in between, comes again.
             if int(file.stem.rpartition("-")[2]) <= state["done"]:
                 with np.load(file, allow_pickle=False) as archive:
-                    kept.append(archive["features"])
-    digest = bytes.fromhex(state["digest"])
+                    kept += [archive[name] for name in sorted(archive.files)]
+    digest = int(state["digest"], 16)
     return state["done"], state["count"], digest, jax.tree.unflatten(treedef, found), kept

@@ -20,12 +20,14 @@ from diffjax.inverse import Grey, LinearOperator, Mask, Replace
 from diffjax.likelihood import BitsPerDim, bits_per_dim
 from diffjax.processes import prior
 from diffjax.runs.workdir import RunError, read_config
+from diffjax.search import Schedule, aligned
 from diffjax.solvers import (
     AdaptiveFlow,
     PIController,
     Result,
     Solver,
     encode,
+    grids,
     slerp,
     solve_adaptive,
     temper,
@@ -43,7 +45,8 @@ class Model:
     """Averaged weights with everything that gives them meaning.
 
     config: as trained. parts: process, network, conventions. params: the averaged weights. step:
-    updates behind them. Sampling compiles once for each batch size, kind of solver and grid length.
+    updates behind them. Sampling compiles once for each batch size, kind of solver and bucket of 64
+    steps (`grids.padded`).
     """
 
     config: Any
@@ -62,6 +65,7 @@ class Model:
         *,
         solver: str | Solver | AdaptiveFlow | None = None,
         steps: int | None = None,
+        schedule: Schedule | None = None,
         labels: ArrayLike | None = None,
         latents: ArrayLike | None = None,
         temperature: float = 1.0,
@@ -73,13 +77,42 @@ class Model:
 
         key: one key, or (num,), one an image; image i depends on its key alone, not on batch_size.
         solver: a name in `builders.SOLVERS` or a solver; None and steps=None are the config's.
+        schedule: a searched one in place of the grid, for its own solver.
         labels: (num,) for a conditional model. latents: (num, H, W, C), where to start instead of
         drawing from the prior. temperature: a factor on the start. guide: what leads the images,
         such as `TrainedClassifier.guide`; where it holds something for each image it has `take`.
         progress: called with the images done.
         """
+        plan = builders.build_sampling(
+            self.config, self.parts.process, solver=solver, steps=steps, schedule=schedule
+        )
+        return self.draw(
+            key,
+            num,
+            plan,
+            labels=labels,
+            latents=latents,
+            temperature=temperature,
+            guide=guide,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def draw(
+        self,
+        key: Key,
+        num: int,
+        plan: builders.Sampling,
+        *,
+        labels: ArrayLike | None = None,
+        latents: ArrayLike | None = None,
+        temperature: float = 1.0,
+        guide: Guide | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> np.ndarray:
+        """`sample` along a plan of `builders.build_sampling`."""
         checks.at_least("num", num, 1)
-        plan = builders.build_sampling(self.config, self.parts.process, solver=solver, steps=steps)
         keys = random.sample_keys(key, num)
         labels = self._labels(labels, num)
         given = None if latents is None else self._latents(latents, num)
@@ -118,14 +151,17 @@ class Model:
         x = self.prior(keys) if latent is None else latent
         # A number means one program, whether it came as a Python, NumPy or JAX scalar.
         denoise, solver, process = canonical(
-            (self._denoiser(cond, guide), plan.solver, self.parts.process)
+            (self._denoiser(cond, guide, plan), plan.solver, self.parts.process)
         )
         if not isinstance(solver, AdaptiveFlow):
+            # Padded, another number of steps is the same program; a path is kept as it is.
+            times, n_steps = (plan.times, None) if save is not None else grids.padded(plan.times)
             return _draw(
                 keys,
                 denoise,
                 x,
-                plan.times,
+                times,
+                n_steps=n_steps,
                 solver=solver,
                 process=process,
                 final=plan.final,
@@ -156,21 +192,24 @@ class Model:
         num: int | None = None,
         solver: str | Solver | None = None,
         steps: int | None = None,
+        schedule: Schedule | None = None,
         **options: Any,
     ) -> np.ndarray:
         """Draws images with a given measurement A x = y, uint8 levels (num, H, W, C).
 
         operator, y: A and its value, (num, ...) or (1, ...) for all images, of images in the
         model's range. num: by default the length of y. The method is `diffjax.inverse.Replace`,
-        which is approximate: its page says how. solver, steps, options: as of `sample`.
+        which is approximate: its page says how. solver, steps, schedule, options: as of `sample`.
         """
-        plan = builders.build_sampling(self.config, self.parts.process, solver=solver, steps=steps)
+        plan = builders.build_sampling(
+            self.config, self.parts.process, solver=solver, steps=steps, schedule=schedule
+        )
         given = jax.tree.map(jnp.asarray, y)
         size = size_of(given)
         if num is not None and size not in (1, num):
             raise RunError(f"y must be one measurement an image, or one for all {num}; got {size}.")
         held = Replace(plan.solver, operator, given)  # type: ignore[arg-type]  # raises if adaptive
-        return self.sample(key, num or size, solver=held, steps=steps, **options)
+        return self.draw(key, num or size, plan._replace(solver=held), **options)
 
     def inpaint(self, key: Key, images: ArrayLike, mask: ArrayLike, **options: Any) -> np.ndarray:
         """Draws what the mask leaves open, uint8 levels; the rest stays as it is in `images`.
@@ -277,17 +316,20 @@ class Model:
             **options,
         )
 
-    def _denoiser(self, cond: Array | None, guide: Guide | None) -> DenoiseFn:
-        plain = self.denoiser(cond)
+    def _denoiser(
+        self, cond: Array | None, guide: Guide | None, plan: builders.Sampling
+    ) -> DenoiseFn:
+        plain = aligned(self.denoiser(cond), self.parts.process, plan.times, plan.asked)
         return plain if guide is None else guide(plain)
 
     def _check(
         self, plan: builders.Sampling, cond: Array | None, guide: Guide | None = None
     ) -> None:
         """Raises what a solve would, before it is compiled."""
-        denoise, process = self._denoiser(cond, guide), self.parts.process
+        denoise, process = self._denoiser(cond, guide, plan), self.parts.process
         if isinstance(plan.solver, AdaptiveFlow):
-            check_flow(denoise, plan.times[0], plan.times[1], process, plan.final)
+            ends = plan.times[0], plan.times[1]
+            check_flow(denoise, *ends, process, plan.final, plan.solver.method)
         else:
             check_solve(denoise, plan.times, plan.solver, process, plan.final)
 
@@ -370,7 +412,7 @@ def read_weights(workdir: str | Path, step: int | None = None) -> Restored:
     config = read_config(workdir)
     parts = builders.build_parts(config)
     shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with Checkpointer(workdir, writable=False) as checkpointer:
         params, meta = checkpointer.restore_ema(abstract(shapes, device), step)
     return Restored(config, parts, params, meta.step)

@@ -15,6 +15,8 @@ from diffjax.core.files import write_atomic
 from diffjax.core.types import Key
 from diffjax.runs import pictures
 from diffjax.runs.model import Model
+from diffjax.runs.workdir import RunError
+from diffjax.search import Schedule
 
 FORMATS = ("npz", "png")
 
@@ -76,13 +78,17 @@ def write_path(
     frames: int = 9,
     solver: str | None = None,
     steps: int | None = None,
+    schedule: Schedule | None = None,
     labels: Sequence[int] | None = None,
 ) -> None:
     """Draws a sample a seed and writes their ways from noise to image, `frames` states each.
 
     The noisy states are shown divided by sqrt(alpha^2 + sigma^2), so that each fits the range.
     """
-    plan = builders.build_sampling(model.config, model.parts.process, solver=solver, steps=steps)
+    plan = builders.build_sampling(
+        model.config, model.parts.process, solver=solver, steps=steps, schedule=schedule
+    )
+    check_path(plan)
     cond = None if labels is None else jnp.asarray(labels[: len(seeds)], jnp.int32)
     result = model.path(seed_keys(seeds), plan, cond, save=_sample_of)
     states = np.asarray(result.saved)  # (n, len(seeds), H, W, C), at times[1:]
@@ -94,6 +100,15 @@ def write_path(
     levels = np.asarray(quantisation.from_model(jnp.asarray(states[chosen] / size)))
     shown = pictures.to_bytes(levels, quantisation.levels)
     pictures.write_figure(path, pictures.denoising_path(shown, times[chosen]))
+
+
+def check_path(plan: builders.Sampling) -> None:
+    """Raises RunError where the plan has no states on the way, which `write_path` shows."""
+    if plan.adaptive:
+        raise RunError(
+            "An adaptive solver has no grid whose states could be shown as a path; choose a solver "
+            "of a grid, such as solver=heun."
+        )
 
 
 def _sample_of(state: Any) -> Any:

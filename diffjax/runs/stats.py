@@ -17,6 +17,7 @@ import numpy as np
 
 from diffjax import builders
 from diffjax.metrics import frechet
+from diffjax.runs import hosts
 from diffjax.runs.extractors import Extractor, write_npz
 from diffjax.runs.gather import Gathered, gather
 from diffjax.runs.workdir import RunError
@@ -91,14 +92,16 @@ def summary(gathered: Gathered, about: dict[str, Any]) -> Statistics:
     mean, cov = frechet.gaussian("of the images", gathered.moments)
     provenance = about | {
         "count": gathered.num,
-        "images_sha256_chain": gathered.digest,
+        "images_sha256_sum": gathered.digest,
         "diffjax": __version__,
     }
     return Statistics(mean, cov, gathered.num, provenance, gathered.features)
 
 
 def write_stats(path: str | Path, stats: Statistics) -> None:
-    """Writes an `.npz`, whole or not at all."""
+    """Writes an `.npz`, whole or not at all; of several processes the first does."""
+    if not hosts.is_first():
+        return
     arrays: dict[str, Any] = {
         "mu": stats.mean,
         "sigma": stats.cov,

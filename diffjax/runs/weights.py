@@ -6,10 +6,15 @@
     diffusers   .safetensors or .bin, config.json beside DDPM or NCSNpp
     adm         guided-diffusion's .pt                   ADM
     dit         DiT's .pt                                DiT
+    sit         SiT's .pt                                DiT, as `DiT.sit` builds it
     diffjax     `diffjax.interop.native`, .safetensors   any
 
 The config says how the network is built and asked; what the file says of itself must agree. Then
 the weights are asked to denoise (`diffjax.interop.check`).
+
+A network of adm or dit with twice the channels of its images has learned the variance of its steps
+between two bounds, the only way in which these codes train one. The workdir's config then says so
+(`precondition.learned_variance`), and its ancestral sampling uses it.
 """
 
 import dataclasses
@@ -20,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffjax import builders
 from diffjax.core import checks, tensorfile
@@ -85,6 +91,12 @@ def _dit(parts: builders.Parts, like: PyTree, path: Path, **_: Any) -> Read:
     return Read(dit.from_torch(parts.net, like, tensorfile.read(path)))
 
 
+def _sit(parts: builders.Parts, like: PyTree, path: Path, **_: Any) -> Read:
+    # The names are DiT's: only whoever brings the file knows its clock.
+    params = dit.from_torch(parts.net, like, tensorfile.read(path))
+    return Read(params, says={"precondition": {"name": "sit"}})
+
+
 def _native(parts: builders.Parts, like: PyTree, path: Path, **_: Any) -> Read:
     return Read(native.read(path, like))
 
@@ -95,8 +107,10 @@ SOURCES: dict[str, Callable[..., Read]] = {
     "diffusers": _diffusers,
     "adm": _adm,
     "dit": _dit,
+    "sit": _sit,
     "diffjax": _native,
 }
+_LEARN_VARIANCES = ("adm", "dit")
 
 
 def import_weights(
@@ -124,6 +138,9 @@ def import_weights(
         raise RunError(f"{workdir} holds checkpoints already; import into a new workdir.")
     parts = builders.build_parts(config)
     like = jax.eval_shape(parts.init_params, jax.random.key(0))
+    if source in _LEARN_VARIANCES and parts.learned_variance is None and _doubled(parts, like):
+        config = _with_learned_variance(config)
+        parts = builders.build_parts(config)
     read = SOURCES[source](parts, like, Path(path), attention_order=attention_order)
     _agree(read.says, config, parts)
     params = jax.tree.map(jnp.asarray, read.params)
@@ -132,6 +149,24 @@ def import_weights(
         raise RunError(f"{report.summary()} Nothing was written; --nocheck imports all the same.")
     _write(config, workdir, params, read.step)
     return Imported(read.step, report)
+
+
+def _doubled(parts: builders.Parts, like: PyTree) -> bool:
+    """Whether the network returns twice the channels of its images."""
+    cond = () if parts.num_classes is None else (jnp.zeros((1,), jnp.int32),)
+    x = jnp.zeros((1, *parts.image_shape), jnp.float32)
+    out = jax.eval_shape(parts.net.apply, {"params": like}, x, jnp.ones((1,)), *cond)
+    return out.shape == (*x.shape[:-1], 2 * x.shape[-1])
+
+
+def _with_learned_variance(config: Any) -> Any:
+    """A copy of the config that reads a learned range, and uses it in ancestral sampling."""
+    config = ConfigDict(plain(config))
+    config.precondition.learned_variance = "range"
+    solver = config.sampling.get("solver", {})
+    if solver.get("name") == "ancestral" and "variance" not in solver:
+        solver.variance = "learned"
+    return config.lock()
 
 
 def _agree(says: Says, config: Any, parts: builders.Parts) -> None:

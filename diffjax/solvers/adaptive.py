@@ -1,4 +1,4 @@
-"""Embedded Runge-Kutta methods with a step size for each sample.
+"""A step size for each sample: the controller, the loop, and embedded Runge-Kutta methods.
 
 Symbols: y' = f(t, y) from t0 to t1; h the signed step; k_i the stages of a tableau (a, b, c) of
 order p; e the difference to the embedded method of order p - 1, with weights e_i of its own.
@@ -13,8 +13,15 @@ cost and its result do not depend on its neighbours, and one that has arrived is
 others go on (the loop runs as long as the slowest). In (2) a leaf is one quantity: a log-density
 carried beside an image counts as much as the image, not as one element of it.
 
+The controller and the loop (`begin`, `advance`, `run`) know nothing of the method: it gives a start
+and, for each attempt, a `Trial`. `integrate` drives (1) with them; the methods for which the clock
+is another variable than t, or which draw, are in `diffjax.solvers.dpm_adaptive` and
+`diffjax.solvers.adaptive_sde`, and use a norm of their own:
+
+    err = max over leaves of rms(e / max(atol, rtol max(|y|, |y'|)))                            (4)
+
 With pc = 0, (3) is the rule of SciPy's `solve_ivp`, as is the first step [2]. After a rejection a
-step may not grow.
+step may not grow, but by `after_rejection`.
 
 Derivatives are those of the steps taken, which are held constant. Forward mode always works; JAX
 has no reverse mode through a `while_loop`. `PIController(bounded=True)` scans over `max_steps`
@@ -30,6 +37,7 @@ References:
     https://doi.org/10.1145/641876.641877, for the exponents of (3).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,11 +50,13 @@ from diffjax.core.autodiff import forward_only
 from diffjax.core.numerics import (
     batch_size,
     combine,
+    scale,
     size_per_sample,
     sum_per_sample,
 )
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, Number, PyTree
+from diffjax.solvers.tableaus import DORMAND_PRINCE, Tableau
 
 NO_REVERSE = (
     "An adaptive solve runs as long as it must, so reverse mode cannot go through it. Use forward "
@@ -57,52 +67,15 @@ NO_REVERSE = (
 VectorField = Callable[[Array, PyTree], PyTree]  # (t (B,), y) -> dy/dt like y
 
 
-class Tableau(NamedTuple):
-    """The numbers of (1) for a method whose last stage is the next step's first.
-
-    a: the rows below the diagonal, from the second stage on; the last row is b. c: from the second
-    stage on. e: the weights of the error, one more than b. order: p, of the solution kept.
-    """
-
-    a: tuple[tuple[float, ...], ...]
-    c: tuple[float, ...]
-    e: tuple[float, ...]
-    order: int
-
-    @property
-    def stages(self) -> int:
-        """S, the new calls of f in a step."""
-        return len(self.a)
-
-    def matrix(self) -> np.ndarray:
-        """The rows of a padded with zeros, (S, S + 1)."""
-        width = self.stages + 1
-        return np.asarray([(*row, *(0.0,) * (width - len(row))) for row in self.a])
-
-
-DORMAND_PRINCE = Tableau(  # 5(4) with seven stages, [1]
-    a=(
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    c=(1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    e=(71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
-    order=5,
-)
-
-
 @pytree
 class PIController:
     """The step rule (3), per sample.
 
     rtol, atol: relative and absolute tolerance of a step. pcoeff, icoeff: pc and ic; (0, 1) is the
-    elementary rule, (0.4, 0.3) a smooth one for stiff problems. max_steps: attempts, accepted or
-    not, before a sample is given up. bounded: the form that reverse mode can go through; choose
-    max_steps as small as the problem allows.
+    elementary rule, (0.4, 0.3) a smooth one for stiff problems. after_rejection: the largest factor
+    of a step that follows a rejected one. max_steps: attempts, accepted or not, before a sample is
+    given up. bounded: the form that reverse mode can go through; choose max_steps as small as the
+    problem allows.
     """
 
     rtol: Number = 1e-5
@@ -112,6 +85,7 @@ class PIController:
     safety: Number = 0.9
     min_factor: Number = 0.2
     max_factor: Number = 10.0
+    after_rejection: Number = 1.0
     max_steps: int = static(default=4096)
     bounded: bool = static(default=False)
 
@@ -123,6 +97,7 @@ class PIController:
         checks.in_range("safety", self.safety, 0.0, 1.0)
         checks.in_range("min_factor", self.min_factor, 0.0, 1.0)
         checks.less("1", 1.0, "max_factor", self.max_factor)
+        checks.positive("after_rejection", self.after_rejection)
         checks.at_least("max_steps", self.max_steps, 1)
 
     def error(self, e: PyTree, y: PyTree, y_next: PyTree) -> Array:
@@ -132,6 +107,14 @@ class PIController:
             return e / (self.atol + self.rtol * jnp.maximum(jnp.abs(y), jnp.abs(y_next)))
 
         return _largest_rms(jax.tree.map(ratio, e, y, y_next))
+
+    def error_by_larger(self, e: PyTree, y: PyTree, other: PyTree) -> Array:
+        """Eq. (4), (B,): the larger of the two tolerances, in place of their sum."""
+
+        def ratio(e, y, other):
+            return e / jnp.maximum(self.atol, self.rtol * jnp.maximum(jnp.abs(y), jnp.abs(other)))
+
+        return _largest_rms(jax.tree.map(ratio, e, y, other))
 
     def factor(self, error: Array, previous: Array, order: int) -> Array:
         """The factor on h of (3), (B,), before the rule for rejections."""
@@ -158,16 +141,125 @@ class Solution(NamedTuple):
     arrived: Array
 
 
-class _Carry(NamedTuple):
+class Progress(NamedTuple):
+    """How far each sample is, all (B, ...). t: the clock. memory: what the method keeps."""
+
     t: Array
     y: PyTree
-    slope: PyTree  # f(t, y)
+    memory: PyTree
     h: Array
     error: Array  # of the last accepted step
     after_rejection: Array
     accepted: Array
     rejected: Array
     running: Array
+
+
+class Trial(NamedTuple):
+    """What an attempt would lead to: y and memory at its end, and its error (B,).
+
+    It is accepted where the error is at most 1. memory_if_rejected: what stays known otherwise.
+    """
+
+    y: PyTree
+    memory: PyTree
+    error: Array
+    memory_if_rejected: PyTree
+
+
+Attempt = Callable[[Progress, Array, Array], Trial]  # (where it starts, its end t, its step h)
+
+
+def begin(y: PyTree, memory: PyTree, t0: Array, t1: Array, h: Array) -> Progress:
+    """At t0 with a first step h. t0: (B,). t1: (B,) or ()."""
+    zero = jnp.zeros(t0.shape, jnp.int32)
+    return Progress(
+        t=t0,
+        y=y,
+        memory=memory,
+        h=h,
+        error=jnp.ones_like(t0),
+        after_rejection=zero.astype(bool),
+        accepted=zero,
+        rejected=zero,
+        running=t0 != t1,
+    )
+
+
+def advance(
+    attempt: Attempt,
+    at: Progress,
+    t1: Array,
+    controller: PIController,
+    order: int,
+    limit: Array | None = None,
+) -> Progress:
+    """One step of every sample that is still running, kept where its error allows, eq. (3).
+
+    limit: (B,), a size that the step may not exceed, or None. A step within 1% of it takes it.
+    """
+    t, running = at.t, at.running
+    remaining, h = t1 - t, at.h
+    last = jnp.abs(h) >= jnp.abs(remaining)
+    if limit is not None:
+        h = jnp.sign(h) * jnp.where(jnp.abs(h) > 0.99 * limit, limit, jnp.abs(h))
+        # Landing on a limit that is the end but for rounding would leave a step of nothing.
+        slack = 8 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(t1))
+        last = jnp.abs(h) >= jnp.abs(remaining) - slack
+    h = jnp.where(last, remaining, h)
+    t_next = jnp.where(last, t1, t + h)  # exact landing
+    trial = attempt(at, t_next, h)
+    error = trial.error.astype(h.dtype)
+
+    accept = running & (error <= 1)
+    reject = running & ~(error <= 1)  # also where the error is not a number
+    factor = controller.factor(error, at.error, order).astype(h.dtype)
+    held = jnp.minimum(factor, controller.after_rejection)
+    factor = jnp.where(at.after_rejection | reject, held, factor)
+    h_next = jnp.where(running, h * factor, at.h)
+
+    def select(mask, new, old):
+        return jax.tree.map(lambda a, b: jnp.where(_align(mask, a), a, b), new, old)
+
+    memory = select(accept, trial.memory, at.memory)
+    if trial.memory_if_rejected is not at.memory:
+        memory = select(reject, trial.memory_if_rejected, memory)
+
+    t = jnp.where(accept, t_next, t)
+    attempts = at.accepted + at.rejected + 1
+    stuck = t + h_next == t
+    return Progress(
+        t=t,
+        y=select(accept, trial.y, at.y),
+        memory=memory,
+        h=h_next,
+        error=jnp.where(accept, error, at.error),
+        after_rejection=jnp.where(running, reject, at.after_rejection),
+        accepted=at.accepted + accept,
+        rejected=at.rejected + reject,
+        running=running & (t != t1) & ~stuck & (attempts < controller.max_steps),
+    )
+
+
+def run(
+    step: Callable[[Progress], Progress], start: Progress, controller: PIController
+) -> Progress:
+    """`step` until no sample is running; `bounded` as a scan that recomputes backwards."""
+    going = lambda at: jnp.any(at.running)  # noqa: E731
+    if not controller.bounded:
+        return jax.lax.while_loop(going, step, start)
+
+    def body(at, _):
+        return jax.lax.cond(going(at), step, lambda at: at, at), None
+
+    return jax.lax.scan(jax.checkpoint(body), start, length=controller.max_steps)[0]
+
+
+def landed(end: Progress, t1: Array, controller: PIController) -> tuple[PyTree, Array]:
+    """(y, NaN for samples that were given up; whether each arrived (B,))."""
+    arrived = end.t == t1
+    y = jax.tree.map(lambda leaf: jnp.where(_align(arrived, leaf), leaf, jnp.nan), end.y)
+    return (y if controller.bounded else forward_only(y, NO_REVERSE)), arrived
 
 
 def integrate(
@@ -188,129 +280,81 @@ def integrate(
     the spacing of floats, or that needs more than `controller.max_steps`, is given up: its y is NaN
     and `arrived` False.
     """
+    if not tableau.e:
+        raise ValueError(
+            "This tableau has no embedded method, so its error is unknown: use DORMAND_PRINCE, "
+            "BOGACKI_SHAMPINE or HEUN, or RungeKutta(tableau) over a grid."
+        )
     batch = batch_size(y)
     dtype = jnp.result_type(*jax.tree.leaves(y))
     t, t1 = (jnp.broadcast_to(jnp.asarray(a, dtype), (batch,)) for a in (t0, t1))
-    slope, h = _start(field, y, t, t1, tableau, controller)
-    zero = jnp.zeros((batch,), jnp.int32)
-    start = _Carry(
-        t=t,
-        y=y,
-        slope=slope,
-        h=h,
-        error=jnp.ones((batch,), dtype),
-        after_rejection=zero.astype(bool),
-        accepted=zero,
-        rejected=zero,
-        running=t != t1,
-    )
+    slope, h = first_step(field, y, t, t1, tableau, controller)
 
-    def attempt(carry):
-        return _attempt(field, carry, t1, tableau, controller)
+    def step(at):
+        trial = functools.partial(embedded, field, tableau, controller)
+        return advance(trial, at, t1, controller, tableau.order)
 
-    going = lambda carry: jnp.any(carry.running)  # noqa: E731
-    if controller.bounded:
-        end = _scan_while(going, attempt, start, controller.max_steps)
-    else:
-        end = jax.lax.while_loop(going, attempt, start)
-    arrived = end.t == t1
-    y = jax.tree.map(lambda leaf: jnp.where(_align(arrived, leaf), leaf, jnp.nan), end.y)
-    y = y if controller.bounded else forward_only(y, NO_REVERSE)
+    end = run(step, begin(y, slope, t, t1, h), controller)
+    y, arrived = landed(end, t1, controller)
     nfe = 2 + tableau.stages * (end.accepted + end.rejected)
     return Solution(y, nfe, end.accepted, end.rejected, arrived)
 
 
-def _attempt(
-    field: VectorField, carry: _Carry, t1: Array, tableau: Tableau, controller: PIController
-) -> _Carry:
-    """One step of every sample that is still running, kept where its error allows."""
-    t, y, running = carry.t, carry.y, carry.running
-    remaining = t1 - t
-    last = jnp.abs(carry.h) >= jnp.abs(remaining)
-    h = jnp.where(last, remaining, carry.h)
-    t_next = jnp.where(last, t1, t + h)  # exact landing
-    y_next, stages = _stages(field, t, t_next, y, carry.slope, h, tableau)
-    e = _weighted(np.asarray(tableau.e), h, stages)
-    # Steps are held constant: what they are chosen by has no derivative where the error is 0.
-    error = controller.error(*jax.lax.stop_gradient((e, y, y_next))).astype(h.dtype)
-
-    accept = running & (error <= 1)
-    reject = running & ~(error <= 1)  # also where the error is not a number
-    factor = controller.factor(error, carry.error, tableau.order).astype(h.dtype)
-    factor = jnp.where(carry.after_rejection | reject, jnp.minimum(factor, 1.0), factor)
-    h_next = jnp.where(running, h * factor, carry.h)
-
-    def select(new, old):
-        return jax.tree.map(lambda a, b: jnp.where(_align(accept, a), a, b), new, old)
-
-    t = jnp.where(accept, t_next, t)
-    attempts = carry.accepted + carry.rejected + 1
-    stuck = t + h_next == t
-    return _Carry(
-        t=t,
-        y=select(y_next, y),
-        slope=select(stages[-1], carry.slope),
-        h=h_next,
-        error=jnp.where(accept, error, carry.error),
-        after_rejection=jnp.where(running, reject, carry.after_rejection),
-        accepted=carry.accepted + accept,
-        rejected=carry.rejected + reject,
-        running=running & (t != t1) & ~stuck & (attempts < controller.max_steps),
-    )
-
-
-def _scan_while(
-    going: Callable[[_Carry], Array],
-    attempt: Callable[[_Carry], _Carry],
-    start: _Carry,
-    most: int,
-) -> _Carry:
-    """`while_loop` of at most so many rounds, as a scan that recomputes each round backwards."""
-
-    def body(carry, _):
-        return jax.lax.cond(going(carry), attempt, lambda carry: carry, carry), None
-
-    return jax.lax.scan(jax.checkpoint(body), start, length=most)[0]
-
-
-def _stages(
+def embedded(
     field: VectorField,
-    t: Array,
-    t_next: Array,
-    y: PyTree,
-    slope: PyTree,
-    h: Array,
     tableau: Tableau,
+    controller: PIController,
+    at: Progress,
+    t_next: Array,
+    h: Array,
+) -> Trial:
+    """An attempt of eq. (1); its memory is the slope f(t, y)."""
+    rows, nodes = jnp.asarray(tableau.matrix(), h.dtype), jnp.asarray(tableau.c, h.dtype)[:, None]
+    times = jnp.where(nodes == 1, t_next[None], at.t[None] + nodes * h[None])
+    weights = rows[..., None] * h[None, None]
+    y_next, slopes = staged(field, at.y, [at.memory], times, jnp.ones_like(times), weights)
+    e = combine(*((w * h, k) for w, k in zip(np.asarray(tableau.e), slopes, strict=True)))
+    # Steps are held constant: what they are chosen by has no derivative where the error is 0.
+    error = controller.error(*jax.lax.stop_gradient((e, at.y, y_next)))
+    return Trial(y_next, slopes[-1], error, at.memory)
+
+
+def staged(
+    call: VectorField,
+    y: PyTree,
+    given: list[PyTree],
+    times: Array,
+    bases: Array,
+    weights: Array,
 ) -> tuple[PyTree, list[PyTree]]:
-    """y+, and k_0 ... k_S of eq. (1).
+    """The stages of a step: (the last point that was asked, [*given, the S answers]).
+
+    Stage i asks at times[i], the point bases[i] y + sum_j weights[i, j] k_j over all that is known
+    by then. given: G trees like y. times, bases: (S, B). weights: (S, G + S, B), 0
+    for what is not known yet.
 
     A scan, so that a program holds one copy of f and not one a stage: compiling a network and its
     derivative is what a solve waits for first. The stages are apart in the carry, as sums over
     them then run as one pass over memory.
     """
-    rows, nodes = jnp.asarray(tableau.matrix(), h.dtype), jnp.asarray(tableau.c, h.dtype)
-    later = [jax.tree.map(jnp.zeros_like, slope)] * tableau.stages
+    later = [jax.tree.map(jnp.zeros_like, y)] * times.shape[0]
 
     def stage(carry, i):
         later, _ = carry
-        ahead = jax.tree.map(jnp.add, y, _weighted(rows[i], h, [slope, *later]))
-        k = field(jnp.where(nodes[i] == 1, t_next, t + nodes[i] * h), ahead)
+        terms = zip(weights[i], [*given, *later], strict=True)
+        ahead = jax.tree.map(jnp.add, scale(bases[i], y), combine(*terms))
+        k = call(times[i], ahead)
         later = [
             jax.tree.map(lambda new, old, j=j: jnp.where(i == j, new, old), k, old)
             for j, old in enumerate(later)
         ]
         return (later, ahead), None
 
-    (later, y_next), _ = jax.lax.scan(stage, (later, y), jnp.arange(tableau.stages))
-    return y_next, [slope, *later]
+    (later, last), _ = jax.lax.scan(stage, (later, y), jnp.arange(times.shape[0]))
+    return last, [*given, *later]
 
 
-def _weighted(weights: Array | np.ndarray, h: Array, stages: list[PyTree]) -> PyTree:
-    """h sum_i w_i k_i, like y. weights: (S + 1,). h: (B,)."""
-    return combine(*((w * h, k) for w, k in zip(weights, stages, strict=True)))
-
-
-def _start(
+def first_step(
     field: VectorField,
     y: PyTree,
     t0: Array,
@@ -337,7 +381,7 @@ def _start(
         h = jnp.sign(span) * trial(slope)
         return (t0 + h, combine((jnp.ones_like(h), y), (h, slope))), slope
 
-    _, slopes = jax.lax.scan(call, (t0, y), length=2)  # one copy of f, as in `_stages`
+    _, slopes = jax.lax.scan(call, (t0, y), length=2)  # one copy of f, as in `staged`
     first, second = (jax.tree.map(lambda k, i=i: k[i], slopes) for i in (0, 1))
     h0 = trial(first)
     d2 = size(jax.tree.map(jnp.subtract, second, first)) / jnp.where(h0 > 0, h0, 1.0)

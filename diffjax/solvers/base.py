@@ -13,6 +13,11 @@ All history lives in the State. `finish` leads onto the end of the grid: where s
 land on the denoised data and never evaluate at s. `stages` and `final_stages` declare the calls of
 the denoiser in `step` and `finish`; `stochastic` says whether `step` draws.
 
+A solver whose first steps cost more (PNDM's start) has
+
+    startup(steps) -> int       the calls beyond steps * stages of the first `steps` steps, which
+                                may be traced
+
 A solver that works on x at a time before it leaves it (a corrector) may have
 
     settle(keys, denoise, process, state, t, s) -> State      the same at the last time s

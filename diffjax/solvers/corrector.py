@@ -175,9 +175,7 @@ class AnnealedLangevin:
 class NoCorrector:
     """Leaves x where it is."""
 
-    @property
-    def stages(self) -> int:
-        return 0
+    stages = 0
 
     def correct(
         self, keys: Key, denoise: DenoiseFn, process: Process, x: PyTree, t: Array, s: Array
@@ -193,17 +191,9 @@ class NoPredictor:
     By itself it samples nothing.
     """
 
-    @property
-    def stages(self) -> int:
-        return 0
-
-    @property
-    def final_stages(self) -> int:
-        return 1
-
-    @property
-    def stochastic(self) -> bool:
-        return False
+    stages = 0
+    final_stages = 1
+    stochastic = False
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         return XState(x)

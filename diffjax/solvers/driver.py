@@ -10,10 +10,21 @@ with m = n where the last interval is a step like the others (`final.steps`), el
 is one `lax.scan`, so compile time and memory do not grow with n. `sample` is not jitted:
 call it inside your own `jit`, or as
 
-    draw = jax.jit(sample, static_argnames=("save",))
+    draw = jax.jit(sample, static_argnames=("save", "checkpoint"))
 
 where one trace serves every key, grid of the same length, weight, schedule constant and solver
 constant. keys_i = fold_in(fold_in(key, sample), i), so sample j depends on nothing but its own key.
+Another number of steps is another program, unless the grid is padded (`diffjax.grids.padded`).
+
+Reverse mode goes through the loop and stores what each step leaves for the way back: n times a
+step's memory, a network's activations included. With `checkpoint` = k the loop is cut into n/k
+segments. The states between segments are stored, and each segment, then each step, is computed
+again on the way back [1]: n/k + k states and one step's own memory, for two more passes forward.
+k near sqrt(n) stores the least; k = 1 stores n states for one more pass.
+
+References:
+[1] Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016,
+    https://arxiv.org/abs/1604.06174.
 """
 
 from collections.abc import Callable
@@ -57,6 +68,7 @@ def sample(
     save: Callable[[Any], PyTree] | None = None,
     n_steps: int | Array | None = None,
     state: Any = None,
+    checkpoint: int | None = None,
 ) -> Result:
     """Solves from x at times[0] to times[-1], eq. (1).
 
@@ -71,6 +83,8 @@ def sample(
     n_steps: the number of real intervals, possibly traced, in a grid padded in front with copies of
       its first time; padded intervals call and draw nothing.
     state: a state to continue from instead of `solver.init`; its x is used.
+    checkpoint: steps a segment for reverse mode in less memory, static; see the module's docstring.
+      The samples are the same.
 
     Raises ValueError for a grid that is not strictly monotonic or whose end does not fit `final`,
     and TypeError for an untyped key or integer x. Inside `jit` the grid's values are unknown: use
@@ -79,9 +93,14 @@ def sample(
     x = at_least_float32(x)
     times = jnp.asarray(times)
     check_solve(denoise, times, solver, process, final, n_steps)
+    if checkpoint is not None:
+        checks.at_least("checkpoint", checkpoint, 1)
     keys = random.sample_keys(key, batch_size(x))
     intervals = times.shape[0] - 1
     padding = 0 if n_steps is None else intervals - n_steps
+    stepped = intervals if final.steps else intervals - 1
+    segment = min(checkpoint or 1, max(stepped, 1))
+    filling = -stepped % segment  # skipped like padding, so that all segments have one length
     if state is None:
         state = solver.init(process, x, times[0])
 
@@ -90,24 +109,47 @@ def sample(
         return solver.step(step_keys, denoise, process, state, times[i], times[i + 1])
 
     def body(state, i):
-        if n_steps is None:
+        if n_steps is None and not filling:
             state = advance(state, i)
         else:
             state = jax.lax.cond(i >= padding, advance, lambda state, _: state, state, i)
         return state, None if save is None else save(state)
 
-    stepped = intervals if final.steps else intervals - 1
-    state, saved = jax.lax.scan(body, state, jnp.arange(stepped))
+    indices = jnp.arange(-filling, stepped)
+    if checkpoint is None:
+        state, saved = jax.lax.scan(body, state, indices)
+    else:
+        state, saved = _checkpointed_scan(body, state, indices, segment)
     last_keys = random.step_keys(keys, intervals - 1 - padding)
     state = final.end(solver, last_keys, denoise, process, state, times[-2], times[-1])
     if save is not None:
         saved = jax.tree.map(
-            lambda path, end: jnp.concatenate([path[: intervals - 1], jnp.asarray(end)[None]]),
+            lambda path, end: jnp.concatenate(
+                [path[filling : filling + intervals - 1], jnp.asarray(end)[None]]
+            ),
             saved,
             save(state),
         )
     nfe = (intervals - padding - 1) * solver.stages + final.evaluations(solver)
+    if hasattr(solver, "startup"):
+        nfe = nfe + solver.startup(stepped - padding)
     return Result(state.x, state, nfe, saved)
+
+
+def _checkpointed_scan(
+    body: Callable[[Any, Array], tuple[Any, PyTree]], state: Any, indices: Array, segment: int
+) -> tuple[Any, PyTree]:
+    """`lax.scan` in segments that are computed again on the way back; their length divides."""
+    step = jax.checkpoint(body, prevent_cse=False)  # a loop's body needs no guard against merging
+    if segment == 1:
+        return jax.lax.scan(step, state, indices)
+
+    def several(state, indices):
+        return jax.lax.scan(step, state, indices)
+
+    parts = indices.reshape(-1, segment)
+    state, saved = jax.lax.scan(jax.checkpoint(several, prevent_cse=False), state, parts)
+    return state, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), saved)
 
 
 def check_solve(

@@ -53,17 +53,9 @@ def landed(process: Process, mean: PyTree, x0: PyTree, s: Array) -> PyTree:
 class Euler:
     """Euler's method on the probability flow in t, eq. (1): order 1."""
 
-    @property
-    def stages(self) -> int:
-        return 1
-
-    @property
-    def final_stages(self) -> int:
-        return 1
-
-    @property
-    def stochastic(self) -> bool:
-        return False
+    stages = 1
+    final_stages = 1
+    stochastic = False
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         return XState(x)
@@ -92,13 +84,8 @@ class EulerMaruyama:
 
     probability_flow: bool = static(default=False)
 
-    @property
-    def stages(self) -> int:
-        return 1
-
-    @property
-    def final_stages(self) -> int:
-        return 1
+    stages = 1
+    final_stages = 1
 
     @property
     def stochastic(self) -> bool:
@@ -151,13 +138,8 @@ class ReverseDiffusion:
 
     probability_flow: bool = static(default=False)
 
-    @property
-    def stages(self) -> int:
-        return 1
-
-    @property
-    def final_stages(self) -> int:
-        return 1
+    stages = 1
+    final_stages = 1
 
     @property
     def stochastic(self) -> bool:

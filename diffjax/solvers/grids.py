@@ -47,6 +47,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,34 @@ def given(times: Sequence[float] | Array) -> Array:
             f"times must decrease strictly; got times[{i + 1}] = {known[i + 1]} after {known[i]}."
         )
     return grid
+
+
+class Padded(NamedTuple):
+    """A grid with its first time repeated in front, (m+1,), and its number of real intervals."""
+
+    times: Array
+    n_steps: int
+
+
+def padded(times: Array, bucket: int = 64) -> Padded:
+    """A grid padded to a multiple of `bucket` intervals, for `sample(..., n_steps=)`.
+
+    All grids of one bucket share one compiled program:
+
+        times, n_steps = grids.padded(grids.karras(process, 18))
+        draw(key, denoise, x, times, n_steps=n_steps, solver=solver, process=process)
+
+    Padded intervals are skipped: they call and draw nothing, and the samples are those of the grid
+    itself with its own `n_steps`, bit for bit. times: (n+1,). Returns m+1 times.
+    """
+    checks.at_least("bucket", bucket, 1)
+    known = checks.concrete(times)
+    # NumPy where it can be: a program for each length would be compiled otherwise.
+    numpy: Any = jnp if known is None else np
+    real = jnp.asarray(times) if known is None else known
+    n = real.shape[0] - 1
+    front = numpy.broadcast_to(real[0], (-n % bucket,))
+    return Padded(jnp.asarray(numpy.concatenate([front, real])), n)
 
 
 def _end(process: Process, end: Number | None) -> Number:

@@ -2,22 +2,36 @@
 
     python scripts/bench/samplers.py                       # batch 64 of 32x32x3, 50 steps, float32
     python scripts/bench/samplers.py --only ddim heun --reps 30
-    python scripts/bench/samplers.py --compile-only
+    python scripts/bench/samplers.py --measure compile knobs devices
 
-The model is the posterior mean of a mixture of eight isotropic Gaussians in pixel space (means from
-NumPy's seed 0, uniform on +-0.5; standard deviation 0.25) under VP with beta 0.1..20.
+Solvers are those of `diffjax.builders.SOLVERS` that take a grid, with their defaults; one that
+cannot be built without more, or does not fit the process, gives a line that says so. Measures:
+
+    compile   seconds, program size and temporary memory at 10, 100 and 1000 steps
+    time      against a bare scan of the same model, and alone with a model of one multiplication
+    knobs     programs compiled over 20 settings of the solver's numbers, the schedule and the range
+    devices   collectives in the program of the batch over 1, 2, 4 and 8 (simulated) devices
+
+The model of `time` is the posterior mean of a mixture of eight isotropic Gaussians in pixel space
+(means from NumPy's seed 0, uniform on +-0.5; standard deviation 0.25) under VP with beta 0.1..20.
 
 `ms` is a whole batch's time. `overhead_ms_per_step` is that minus a bare `lax.scan` over as many
 calls of the same model, over the steps: the sampler's own work. Sampler and bare scan are timed in
 turn, so that both see the same machine; figures are medians of the repetitions, and the quartiles
-of the overhead say how quiet it was. `temp_states` is XLA's temporary memory over the size of x,
-with a model of one multiplication, as are `compile_s` and `instructions` at 10, 100 and 1000 steps.
+of the overhead say how quiet it was. `trivial_us_per_step` is a whole solve over the steps with a
+model of one multiplication, which the other measures have too. `temp_states` is XLA's temporary
+memory over the size of x.
 """
 
 import argparse
+import functools
 import json
 import math
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -25,6 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax as dj
+from diffjax.builders.make import make
+from diffjax.builders.sampling import SOLVERS
+from diffjax.core.numerics import canonical
 from diffjax.core.pytree import pytree
 from diffjax.core.types import Prediction
 
@@ -32,19 +49,20 @@ MEANS = np.random.default_rng(0).uniform(-0.5, 0.5, (8, 32 * 32 * 3)).astype(np.
 STD = 0.25
 PROCESS = dj.VP()
 
-SOLVERS = {
-    "euler": dj.solvers.Euler(),
-    "ddim": dj.solvers.DDIM(),
-    "heun": dj.solvers.Heun(),
-    "ancestral": dj.solvers.Ancestral(),
-    "ddim_eta_1": dj.solvers.DDIM(eta=1.0),
-    "euler_maruyama": dj.solvers.EulerMaruyama(),
-    "reverse_diffusion": dj.solvers.ReverseDiffusion(),
-    "heun_churn": dj.solvers.EDMChurn(dj.solvers.Heun(), 10.0, 50.0),
-    "reverse_diffusion_langevin": dj.solvers.PredictorCorrector(
-        dj.solvers.ReverseDiffusion(), dj.solvers.Langevin(snr=0.01)
-    ),
+# Options where the defaults are not what is worth timing; names that are not in SOLVERS.
+OWN = {
+    "ddim_eta_1": {"name": "ddim", "eta": 1.0},
+    "pc": {"name": "pc", "snr": 0.01},
+    "edm_stochastic": {"name": "edm_stochastic", "s_churn": 10.0, "n_steps": 50},
 }
+NAMES = sorted({*SOLVERS, *OWN})
+
+
+@functools.cache
+def solver_of(name):
+    """The solver of a name; None if its steps are its own. Raises BuildError."""
+    solver = make(SOLVERS, OWN.get(name, {"name": name}), "sampling.solver")
+    return None if isinstance(solver, dj.solvers.AdaptiveFlow) else canonical(solver)
 
 
 def posterior_mean(x, alpha, sigma):
@@ -79,8 +97,8 @@ class Trivial:
 
 
 draw = jax.jit(
-    lambda key, denoise, x, times, solver: (
-        dj.sample(key, denoise, x, times, solver=solver, process=PROCESS).x
+    lambda key, denoise, x, times, solver, process=PROCESS: (
+        dj.sample(key, denoise, x, times, solver=solver, process=process).x
     )
 )
 
@@ -104,7 +122,7 @@ def milliseconds(function):
 
 def timing(name, args):
     """One line: the sampler against the bare scan of as many calls, timed in turn."""
-    solver, key = SOLVERS[name], jax.random.key(0)
+    solver, key = solver_of(name), jax.random.key(0)
     x = dj.prior(key, PROCESS, (args.batch, *args.shape))
     times = dj.grids.quadratic(PROCESS, args.steps)
     calls = (args.steps - 1) * solver.stages + solver.final_stages
@@ -119,6 +137,9 @@ def timing(name, args):
         ours.append(milliseconds(run))
     gaps = [(a - b) / args.steps for a, b in zip(ours, model, strict=True)]
     low, _, high = statistics.quantiles(gaps, n=4)
+    trivial = lambda: draw(key, Trivial(), x, times, solver)  # noqa: E731
+    milliseconds(trivial)
+    own = statistics.median(milliseconds(trivial) for _ in range(args.reps))
     return {
         "solver": name,
         "batch": args.batch,
@@ -128,6 +149,7 @@ def timing(name, args):
         "bare_ms": round(statistics.median(model), 3),
         "overhead_ms_per_step": round(statistics.median(gaps), 4),
         "overhead_quartiles": [round(low, 4), round(high, 4)],
+        "trivial_us_per_step": round(1e3 * own / args.steps, 2),
         "best_ms": round(min(ours), 3),
         "best_bare_ms": round(min(model), 3),
     }
@@ -143,7 +165,7 @@ def compilation(name, args):
         # A fresh function each time: nothing is taken from an earlier trace.
         program = (
             jax.jit(lambda *arguments: draw.__wrapped__(*arguments))
-            .lower(jax.random.key(0), Trivial(), x, times, SOLVERS[name])
+            .lower(jax.random.key(0), Trivial(), x, times, solver_of(name))
             .compile()
         )
         line["compile_s"][n] = round(time.perf_counter() - start, 3)
@@ -156,26 +178,83 @@ def compilation(name, args):
     return line
 
 
+def knobs(name, args):
+    """One line: how many programs 20 settings of the numbers need; it must be 1."""
+    x = jnp.ones((2, 4, 4, 1))
+    run = jax.jit(lambda *arguments: draw.__wrapped__(*arguments))
+    grid = np.linspace(1.0, 0.0, 6, dtype=np.float32)
+    for i in range(20):
+        settings = canonical((Trivial(), solver_of(name), PROCESS))
+        denoise, solver, process = jax.tree.map(
+            lambda leaf, by=1 - 0.01 * i: leaf * jnp.asarray(by, leaf.dtype), settings
+        )
+        run(jax.random.key(i), denoise, x, jnp.asarray(grid * (1 - 0.01 * i)), solver, process)
+    return {"solver": name, "settings": 20, "programs": run._cache_size()}
+
+
+COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
+
+
+def devices(name, args):
+    """One line: collectives in the programs of the batch over 1, 2, 4, 8 devices; none is right."""
+    times = jax.ShapeDtypeStruct((args.steps + 1,), jnp.float32)
+    found = {}
+    for count in (n for n in (1, 2, 4, 8) if n <= jax.device_count()):
+        kind = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((count,), ("data",), axis_types=kind, devices=jax.devices()[:count])
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        x = jax.ShapeDtypeStruct((args.batch, *args.shape), jnp.float32, sharding=rows)
+        keys = jax.device_put(jax.random.split(jax.random.key(0), args.batch), rows)
+        program = draw.lower(keys, Trivial(), x, times, solver_of(name)).compile()
+        found[count] = len(COLLECTIVE.findall(program.as_text()))
+    return {"solver": name, "collectives": found}
+
+
+MEASURES = {"compile": compilation, "time": timing, "knobs": knobs, "devices": devices}
+
+
+def measure(kind, names, args):
+    """Prints one line a solver."""
+    about = {"backend": jax.default_backend(), "jax": jax.__version__}
+    for name in names:
+        try:
+            if solver_of(name) is None:
+                continue
+            line = MEASURES[kind](name, args)
+        except (TypeError, ValueError) as error:  # what does not fit this process
+            line = {"solver": name, "skipped": str(error).splitlines()[0]}
+        print(json.dumps({"measure": kind, **line, **about}), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="SOLVER")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 32, 3))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--reps", type=int, default=15)
-    parser.add_argument("--compile-only", action="store_true", help="no timing of runs")
     args = parser.parse_args()
     if math.prod(args.shape) > MEANS.shape[1]:
         parser.error(f"--shape may hold at most {MEANS.shape[1]} numbers")
-    about = {"backend": jax.default_backend(), "jax": jax.__version__}
+    if args.reps < 2:
+        parser.error("--reps must be at least 2, for quartiles")
     # The first compilation of a process starts the compiler, which is not the sampler's cost.
     jax.block_until_ready(bare(jnp.zeros((1, *args.shape)), jnp.ones((2,))))
-    for name in args.only:
-        print(json.dumps({"measure": "compile", **compilation(name, args), **about}), flush=True)
-        if not args.compile_only:
-            print(json.dumps({"measure": "time", **timing(name, args), **about}), flush=True)
+    for kind in args.measure:
+        if kind == "devices" and jax.device_count() < 8 and jax.default_backend() == "cpu":
+            _with_eight_devices()
+        else:
+            measure(kind, args.only, args)
+
+
+def _with_eight_devices():
+    """Runs the measure in a process that simulates them: the others are timed without."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, *sys.argv, "--measure", "devices"]
+    subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
 
 
 if __name__ == "__main__":

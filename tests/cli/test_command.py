@@ -83,6 +83,18 @@ MISTAKES = {
         ["sample", "--workdir={run}", "--solver=euler", "--steps=0"],
         "must be at least 1",
     ),
+    "path without a grid": (
+        ["sample", "--workdir={run}", "--solver=ode", "--path", "--out={tmp}"],
+        "no grid whose states could be shown as a path",
+    ),
+    "tolerance of a grid": (
+        ["sample", "--workdir={run}", "--solver=heun", "--rtol=1e-3", "--out={tmp}"],
+        "rtol belong to an adaptive solver, and Heun steps along a grid",
+    ),
+    "tolerance out of range": (
+        ["sample", "--workdir={run}", "--solver=ode", "--rtol=-1", "--out={tmp}"],
+        "rtol must not be negative",
+    ),
     "unknown metric": (["evaluate", "--workdir={run}", "--metrics=fed"], "choose among"),
     "no such checkpoint": (["sample", "--workdir={run}", "--step=3"], "holds steps"),
     "stray argument": (["sample", "--workdir={run}", "heun"], "Unexpected argument 'heun'"),
@@ -102,6 +114,27 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, trained, tmp_path, case):
     assert len(err.strip().splitlines()) == 1, err
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_tolerances_reach_the_solver(capsys, trained, monkeypatch, tmp_path):
+    from diffjax.runs import sample
+
+    seen = {}
+
+    def draws_nothing(model, out, **options):
+        seen.update(options)
+        return sample.Written(None, (out / "a",))
+
+    monkeypatch.setattr(sample, "sample_to", draws_nothing)
+    arguments = ["sample", f"--workdir={trained}", "--num=2", f"--out={tmp_path}", "--solver=ode"]
+    assert call(capsys, *arguments, "--rtol=1e-3", "--atol=0.01")[0] == 0
+    controller = seen["solver"].controller
+    assert (controller.rtol, controller.atol) == (1e-3, 0.01)
+    assert call(capsys, *arguments, "--atol=0.02")[0] == 0
+    controller = seen["solver"].controller
+    assert (controller.rtol, controller.atol) == (1e-5, 0.02)
+    assert call(capsys, *arguments)[0] == 0
+    assert seen["solver"] == "ode"
 
 
 def test_a_damaged_checkpoint_is_named(capsys, trained, tmp_path):

@@ -1,5 +1,6 @@
 """`diffjax train` as a process of its own: killed, terminated, and started again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,10 +26,24 @@ FLAGS = [
 ]
 
 
-def start(workdir):
+@contextlib.contextmanager
+def started(workdir):
+    """A run in a process of its own, which is over, with its pipe closed, when this is left."""
     environment = os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, "-m", "diffjax", "train", f"--workdir={workdir}", *FLAGS]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(workdir):
+    """Runs to the end."""
+    with started(workdir) as process:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
 
 
 def wait_for_step(workdir, step, process):
@@ -45,8 +60,7 @@ def wait_for_step(workdir, step, process):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, digits_dir, compilation_cache):
     workdir = tmp_path_factory.mktemp("whole")
-    process = start(workdir)
-    assert process.wait(timeout=900) == 0, process.stderr.read()
+    finish(workdir)
     return workdir
 
 
@@ -60,23 +74,21 @@ def equal_runs(a, b):
 def test_killed_at_random_steps_ends_at_the_same_weights(uninterrupted, tmp_path):
     rng = np.random.default_rng()
     for low, high in ((50, 900), (900, 1800), (1800, 2700)):
-        process = start(tmp_path)
-        wait_for_step(tmp_path, int(rng.integers(low, high)), process)
-        time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(tmp_path)
-    assert process.wait(timeout=900) == 0, process.stderr.read()
+        with started(tmp_path) as process:
+            wait_for_step(tmp_path, int(rng.integers(low, high)), process)
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    finish(tmp_path)
     equal_runs(uninterrupted, tmp_path)
 
 
 def test_terminated_saves_before_leaving(uninterrupted, tmp_path):
-    process = start(tmp_path)
-    wait_for_step(tmp_path, 300, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 3
+    with started(tmp_path) as process:
+        wait_for_step(tmp_path, 300, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == 3
     stopped = dj.load(tmp_path).step
     assert stopped >= 300
-    process = start(tmp_path)
-    assert process.wait(timeout=900) == 0, process.stderr.read()
+    finish(tmp_path)
     equal_runs(uninterrupted, tmp_path)

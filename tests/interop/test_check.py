@@ -55,6 +55,7 @@ RIGHT = {
     "vp by edm": (processes.EDM(), precondition.vp()),
     "ve by edm": (processes.EDM(), precondition.ve()),
     "flow velocity": (FLOW, convention("velocity", precondition.Time())),
+    "sit": (FLOW, precondition.sit()),
     "vp v": (VP, convention("v", TIME999)),
     "vp x0": (VP, convention("x0", TIME999)),
 }
@@ -126,6 +127,17 @@ def test_two_mistakes_at_once_are_named(key):
     wrong = convention("eps", precondition.Time())
     report = check(network, process, wrong, key=key, shape=SHAPE, x0=network.images(key))
     assert "kind V() (not Eps()) and label Time(999) (not Time(1))" in report.alternatives
+
+
+def test_a_reversed_clock_is_named(key):
+    """SiT's weights under our own clock and sign: both are named."""
+    process, true = RIGHT["sit"]
+    network = Network(process, true)
+    wrong = convention("velocity", precondition.Time())
+    report = check(network, process, wrong, key=key, shape=SHAPE, x0=network.images(key))
+    assert not report.passed
+    words = "kind Negated(Velocity()) (not Velocity()) and label ReversedTime(1, 1) (not Time(1))"
+    assert words in report.alternatives
 
 
 def test_noise_alone_names_a_wrong_kind(key):

@@ -38,6 +38,14 @@ ROOMS = (
     diffjax.prediction.kinds,
     diffjax.prediction.precondition,
 )
+
+
+def statistics():
+    """A table of two equal levels."""
+    ends = jnp.asarray([-5.0, 5.0])
+    return diffjax.solvers.ModelStatistics(ends, jnp.ones(2), jnp.zeros(2), jnp.zeros(2))
+
+
 # Classes without defaults for every field: what they need.
 NEEDS = {
     "Tabulated": lambda: Tabulated.ddpm(),
@@ -45,6 +53,21 @@ NEEDS = {
     "PredictorCorrector": lambda: PredictorCorrector(Euler(), Langevin()),
     "NearestLevel": lambda: diffjax.prediction.precondition.NearestLevel(jnp.arange(3.0)),
     "DescendingIndex": lambda: diffjax.prediction.precondition.DescendingIndex(10),
+    "GaussianDirections": lambda: diffjax.solvers.GaussianDirections(
+        jnp.zeros(3), jnp.eye(2, 3), jnp.ones(2)
+    ),
+    "GaussianDiagonal": lambda: diffjax.solvers.GaussianDiagonal(jnp.zeros(3), jnp.ones(3)),
+    "LangevinGibbs": lambda: diffjax.solvers.LangevinGibbs(len, jnp.asarray([0.5, 0.1])),
+    "Restart": lambda: diffjax.solvers.Restart(jnp.asarray([0.5, 0.4, 0.3])),
+    "RungeKutta": lambda: diffjax.solvers.RungeKutta(diffjax.solvers.tableaus.RK4),
+    "TimeShift": lambda: diffjax.solvers.TimeShift(Euler()),
+    "TransportStart": lambda: diffjax.solvers.TransportStart(jnp.zeros((4, 2)), jnp.zeros(4), 0.5),
+    "ModelStatistics": statistics,
+    "DPMSolverV3": lambda: diffjax.solvers.DPMSolverV3(statistics()),
+    "Unified": lambda: diffjax.solvers.Unified(
+        (diffjax.solvers.DPMSolverPP(2),), jnp.zeros(3, jnp.int32)
+    ),
+    "ProgressBar": lambda: diffjax.solvers.ProgressBar(5),
     "LevelIndex": lambda: diffjax.prediction.precondition.LevelIndex(10),
 }
 
@@ -113,7 +136,7 @@ BAD = {
     "table 2d": (lambda: Tabulated.from_alphas_cumprod([[0.5]]), ValueError, r"got \(1, 1\)"),
     "table n": (lambda: Tabulated.ddpm(n=2.5), TypeError, "n must be an int; got 2.5"),
     "eta": (lambda: DDIM(eta=1.5), ValueError, r"eta must lie in \[0.0, 1.0\]; got 1.5"),
-    "ancestral": (lambda: Ancestral("medium"), ValueError, "'small', 'large'; got 'medium'"),
+    "ancestral": (lambda: Ancestral("medium"), ValueError, "'large', 'learned'; got 'medium'"),
     "churn": (lambda: EDMChurn(Heun(), -1.0, 5.0), ValueError, "s_churn must not be negative"),
     "churn bounds": (
         lambda: EDMChurn(Heun(), 1.0, 5.0, s_min=2.0, s_max=1.0),

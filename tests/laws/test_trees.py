@@ -83,10 +83,12 @@ def a_tree_is_its_leaves(solver):
         assert gap == 0
 
 
-# Langevin's step size joins the leaves of a sample in one norm; tests/solvers has its truth.
+# Langevin's step size joins the leaves of a sample in one norm, a time shift in one variance;
+# tests/solvers has their truth.
+JOINING = ("predictor_corrector", "time_shift")
 FREE = [m for m in members.SOLVERS if not m.shaped]
-SEPARATE = [m for m in FREE if not m.name.startswith("predictor_corrector")]
-JOINED = [m for m in FREE if m.name.startswith("predictor_corrector")]
+SEPARATE = [m for m in FREE if not m.name.startswith(JOINING)]
+JOINED = [m for m in FREE if m.name.startswith(JOINING)]
 
 
 @pytest.mark.parametrize("value", [v for _, v in VALUES], ids=[n for n, _ in VALUES])

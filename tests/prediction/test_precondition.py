@@ -1,11 +1,14 @@
-"""Input scales and time labels against EDM's table 1 and the Score-SDE code's conventions."""
+"""Input scales and time labels against EDM's table 1, the Score-SDE code's conventions, SiT's."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffjax.prediction import make_denoiser, precondition
-from diffjax.processes import EDM, VE, VP, SubVP
+from diffjax.processes import EDM, VE, VP, RectifiedFlow, SubVP
+from diffjax.solvers import Heun, sample
+from tests import members, oracles
 
 SIGMAS = np.asarray([0.01, 0.3, 1.0, 17.0, 79.0])
 
@@ -142,3 +145,75 @@ def test_score_sde_networks_give_the_score():
         prediction = make_denoiser(net, process, **conventions._asdict())(x, t)
         sigma = process.coeffs(t).sigma
         np.testing.assert_allclose(-prediction.eps / sigma, score, rtol=1e-5)
+
+
+SIT_T = np.asarray([0.02, 0.3, 0.5, 0.97])  # SiT's clock: noise at 0
+
+
+def sit_network(alpha, sigma, d_alpha, d_sigma, mean, std):
+    """The exact velocity of SiT's code for Gaussian data: E[alpha' x1 + sigma' x0 | x], in its own
+    symbols: x1 data, x0 noise, x = alpha x1 + sigma x0, t from noise to data.
+    """
+
+    def velocity(x, t):
+        a, s, da, ds = (f(t.reshape(-1, 1)) for f in (alpha, sigma, d_alpha, d_sigma))
+        variance = a**2 * std**2 + s**2
+        centred = (x - a * mean) / variance
+        return da * (mean + a * std**2 * centred) + ds * s * centred
+
+    return velocity
+
+
+def linear():
+    """SiT's linear path: alpha = t, sigma = 1 - t."""
+    return (lambda t: t, lambda t: 1 - t, jnp.ones_like, lambda t: -jnp.ones_like(t))
+
+
+def trigonometric():
+    """SiT's GVP path: alpha = sin(pi t/2), sigma = cos(pi t/2)."""
+    h = np.pi / 2
+    return (
+        lambda t: jnp.sin(h * t),
+        lambda t: jnp.cos(h * t),
+        lambda t: h * jnp.cos(h * t),
+        lambda t: -h * jnp.sin(h * t),
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "process"),
+    [(linear, RectifiedFlow()), (trigonometric, members.Trigonometric())],
+    ids=["linear", "gvp"],
+)
+def test_sit_s_velocity_is_the_oracle(path, process, x64):
+    """Their exact velocity, asked through `sit()`, is the posterior mean of the same data."""
+    oracle = oracles.gaussian(3, jnp.float64)
+    network = sit_network(*path(), oracle.mean[None], oracle.std[None])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)))
+    t = 1 - jnp.asarray(SIT_T)
+    want = oracle.denoiser(process)(x, t)
+
+    def off(**changes):
+        convention = precondition.sit()._asdict() | changes
+        found = make_denoiser(network, process, **convention)(x, t)
+        return max(np.abs(found.x0 - want.x0).max(), np.abs(found.eps - want.eps).max())
+
+    assert off() < 1e-6  # labels are float32
+    assert off(kind="velocity") > 0.1  # the sign
+    assert off(label=precondition.Time()) > 0.1  # the clock
+
+
+def test_sit_samples_the_data(x64):
+    """The probability flow of their velocity, from our noise at t = 1 to our data at 0."""
+    oracle = oracles.gaussian(3, jnp.float64)
+    network = sit_network(*linear(), oracle.mean[None], oracle.std[None])
+    process = RectifiedFlow()
+    denoise = make_denoiser(network, process, **precondition.sit()._asdict())
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)))
+    solve = jax.jit(
+        lambda z: sample(
+            jax.random.key(0), denoise, z, jnp.linspace(1.0, 0.0, 201), solver=Heun(),
+            process=process,
+        ).x
+    )  # fmt: skip
+    np.testing.assert_allclose(solve(z), oracle.mean[None] + oracle.std[None] * z, atol=1e-3)

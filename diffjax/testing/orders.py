@@ -15,49 +15,18 @@ error is the median over particles, because the root mean square is ruled by the
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from diffjax.core import random
 from diffjax.core.types import Array, DenoiseFn, PyTree
 from diffjax.processes.base import Process
 from diffjax.solvers.base import Solver
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def checked(function: Callable[P, R], *, static_argnames: Sequence[str] = ()) -> Callable[P, R]:
-    """`jax.jit(function)` that also checks what is known only at run time.
-
-    Inside `jit` the values of a grid are tracers, so `sample` cannot raise. It leaves debug checks
-    instead, which cost nothing in ordinary use; here a failed one raises ValueError:
-
-        draw = checked(sample)
-        draw(key, denoise, x, times, solver=solver, process=process)
-
-    static_argnames: as of `jax.jit`. Make it once and use it often: it holds the compiled program.
-    """
-    functional = checkify.checkify(function, errors=checkify.user_checks)
-    named = functools.wraps(function)(lambda *args, **kwargs: functional(*args, **kwargs))
-    compiled = jax.jit(named, static_argnames=tuple(static_argnames))
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        error, result = compiled(*args, **kwargs)
-        message = error.get()
-        if message is not None:
-            raise ValueError(message)
-        return result
-
-    return call
 
 
 def order_of_convergence(steps: Sequence[int], errors: Sequence[float]) -> float:
@@ -156,13 +125,3 @@ def propagate_moments(
         return (mean, gain @ covariance @ gain.T + spread @ spread.T), None
 
     return jax.lax.scan(body, (mean, covariance), (times[:-1], times[1:]))[0]
-
-
-__all__ = [
-    "checked",
-    "count_draws",
-    "given_noise",
-    "median_error",
-    "order_of_convergence",
-    "propagate_moments",
-]
