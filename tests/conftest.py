@@ -4,6 +4,7 @@ Programs are compiled without LLVM's optimisations: compiling networks is what t
 time on, and two to four times quicker so. `scripts/demo` and the benches run them optimised.
 """
 
+import collections
 import fcntl
 import os
 import shutil
@@ -21,6 +22,29 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+FILES: list[None] = []  # one entry a finished file of tests
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Variants of members meet the laws in the slow lane."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if any(getattr(value, "variant", False) is True for value in params.values()):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which files the time went to."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration") and hasattr(report, "nodeid"):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest 20 files")
+    for name, total in seconds.most_common(20):
+        terminalreporter.write_line(f"{total:7.1f}s {name}")
+
 
 @pytest.fixture
 def key():
@@ -33,6 +57,21 @@ def x64():
     """Runs the test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def fresh_cache():
+    """No compiled programs: for tests that count them, as functions share one cache that evicts."""
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drops compiled programs every few files: they are gigabytes in the end."""
+    yield
+    FILES.append(None)
+    if len(FILES) % 12 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

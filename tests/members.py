@@ -33,12 +33,14 @@ from diffjax.solvers import (
     BDIADDIM,
     BDIAEDM,
     DDIM,
+    DEIS,
     GDDIM,
     PLMS,
     SEEDS2,
     Ancestral,
     AnnealedLangevin,
     DPMSolver,
+    DPMSolverPP,
     DPMSolverV3,
     EDMChurn,
     Euler,
@@ -55,9 +57,9 @@ from diffjax.solvers import (
     TimeShift,
     ToEnd,
     Tweedie,
+    Unified,
     UniPC,
     grids,
-    unified,
 )
 from diffjax.solvers.tableaus import BOGACKI_SHAMPINE
 
@@ -162,7 +164,7 @@ class SolverMember(NamedTuple):
     distribution. rates: needs a finite g^2 at the first time. scalar: needs coefficients of t's
     shape. coupled: samples depend on their neighbours, by its own declaration. shaped: bound to
     samples of D numbers. edges: the solver with other numbers, at which a careless root or quotient
-    breaks.
+    breaks. variant: another form of a member beside it, held to the laws in the slow lane.
     """
 
     name: str
@@ -174,6 +176,7 @@ class SolverMember(NamedTuple):
     coupled: bool = False
     shaped: bool = False
     edges: tuple[Any, ...] = ()
+    variant: bool = False
 
 
 SOLVERS = [
@@ -182,11 +185,19 @@ SOLVERS = [
     SolverMember("ddim", DDIM(), order=1),
     SolverMember("ddim_eta", DDIM(eta=0.5), weak_order=1, edges=(DDIM(eta=0.0), DDIM(eta=1.0))),
     SolverMember("ancestral_small", Ancestral("small"), weak_order=1),
-    SolverMember("ancestral_large", Ancestral("large"), weak_order=1),
+    SolverMember("ancestral_large", Ancestral("large"), weak_order=1, variant=True),
     SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1),
     SolverMember("euler_maruyama", EulerMaruyama(), weak_order=1, rates=True),
-    SolverMember("euler_maruyama_flow", EulerMaruyama(probability_flow=True), order=1, rates=True),
-    SolverMember("reverse_diffusion_flow", ReverseDiffusion(probability_flow=True), order=1),
+    SolverMember(
+        "euler_maruyama_flow",
+        EulerMaruyama(probability_flow=True),
+        order=1,
+        rates=True,
+        variant=True,
+    ),
+    SolverMember(
+        "reverse_diffusion_flow", ReverseDiffusion(probability_flow=True), order=1, variant=True
+    ),
     SolverMember(
         "churn",
         EDMChurn(Heun(), s_churn=1.0, n_steps=float(N)),
@@ -210,9 +221,10 @@ SOLVERS = [
             Ancestral(), Langevin(0.1, noise_norm="sqrt_dim"), order="predictor_first"
         ),
         scalar=True,
+        variant=True,
     ),
     SolverMember("bdia_ddim", BDIADDIM(0.9), order=1),
-    SolverMember("bdia_edm", BDIAEDM(), order=2),
+    SolverMember("bdia_edm", BDIAEDM(), order=2, variant=True),
     SolverMember(
         "annealed_langevin", PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2))
     ),
@@ -222,6 +234,7 @@ SOLVERS = [
         SDEDPMSolverPP(2, eta=0.5),
         weak_order=2,
         edges=(SDEDPMSolverPP(2, eta=0.0), SDEDPMSolverPP(2, eta=1.0)),
+        variant=True,
     ),
     SolverMember("dpm_3", DPMSolver(3), order=3, scalar=True),
     SolverMember("plms", PLMS(), order=2),
@@ -230,11 +243,15 @@ SOLVERS = [
 SOLVERS += [
     SolverMember("bosh3", RungeKutta(BOGACKI_SHAMPINE, InLogSNR()), order=3, scalar=True),
     SolverMember("seeds2", SEEDS2(), weak_order=2, scalar=True),
-    SolverMember("gddim", GDDIM(0.5), weak_order=1, edges=(GDDIM(0.0), GDDIM(1.0))),
+    SolverMember("gddim", GDDIM(0.5), weak_order=1, edges=(GDDIM(0.0), GDDIM(1.0)), variant=True),
 ]
 SOLVERS += [
     SolverMember("dpm_v3", DPMSolverV3(constant_statistics(0.7, -0.2), 2), order=2, scalar=True),
-    SolverMember("unified", unified([0, 1, 4, 6, 5]), order=1),
+    SolverMember(
+        "unified",
+        Unified((DPMSolverPP(2), UniPC(2), DEIS(2)), jnp.asarray([0, 1, 2, 1, 0])),
+        order=2,
+    ),
 ]
 SOLVERS += [SolverMember("time_shift", TimeShift(DDIM(), 0.1, 0.2, 0.3), scalar=True)]
 
@@ -255,6 +272,7 @@ SOLVERS += [
         ),
         scalar=True,
         shaped=True,
+        variant=True,
     ),
 ]
 
@@ -271,6 +289,10 @@ class Pair(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.solver_member.name}-{self.process_member.name}"
+
+    @property
+    def variant(self) -> bool:
+        return self.solver_member.variant
 
     @property
     def solver(self):

@@ -34,17 +34,15 @@ EDM = {
 DIT = {"dit/imagenet256_xl2": 32, "dit/imagenet512_xl2": 64, "sit/imagenet256_xl2": 32}
 
 # One for each distinct family of networks, loss and process (the digits are trained elsewhere, and
-# NCSN is NCSNv2's RefineNet with other norms); the others are slow tests.
+# NCSN is NCSNv2's RefineNet with other norms); the others are slow tests, as are EDM's networks with
+# their augmentation, a minute to compile, and SiT, which is DiT with another loss.
 DISTINCT = [
     "vp/cifar10_ddpmpp",
     "vp/ddpm/cifar10_continuous",
     "subvp/cifar10_ddpmpp_continuous",
     "ve/cifar10_ncsnpp_continuous",
     "ve/ncsnv2/cifar10",
-    "edm/cifar10_cond_ve",
-    "edm/imagenet64_cond_adm",
     "dit/imagenet256_xl2",
-    "sit/imagenet256_xl2",
 ]
 
 # Classifiers of noisy images: tests/runs/test_controllable.py trains one.

@@ -13,6 +13,7 @@ from diffjax.core.pytree import replace
 from diffjax.core.types import Array
 from diffjax.search import Schedule, ScheduleError
 from diffjax.solvers import grids, tableaus
+from diffjax.solvers.ode import as_method
 
 GRIDS: dict[str, Callable[..., Array]] = {
     "uniform": grids.uniform,
@@ -261,7 +262,8 @@ def with_tolerances(
             "steps along a grid: leave them out, or choose a solver such as 'ode'."
         )
     try:
-        controller = replace(plan.solver.controller, **given)
+        own = plan.solver.controller or as_method(plan.solver.method).controller()
+        controller = replace(own, **given)
     except ValueError as error:
         raise BuildError(str(error)) from error
     return plan._replace(solver=replace(plan.solver, controller=controller))

@@ -63,7 +63,8 @@ def _help(values: absl_flags.FlagValues) -> str:
     lines = []
     for name in sorted(values):
         flag = values[name]
-        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = "" if value in (None, "") else f" (default: {value})"
         lines.append(f"  --{name}: {flag.help}{default}")
     return "\n".join(lines)
 

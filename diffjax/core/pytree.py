@@ -66,4 +66,9 @@ def replace(tree: T, **changes: Any) -> T:
     return dataclasses.replace(tree, **changes)  # type: ignore[type-var]
 
 
-__all__ = ["pytree", "replace", "static"]
+def taken(value: Any, index: Any) -> Any:
+    """A value for the samples `index`, (k,): its `take` where it holds something for each."""
+    return value.take(index) if hasattr(value, "take") else value
+
+
+__all__ = ["pytree", "replace", "static", "taken"]

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 
 from diffjax.core import checks
 from diffjax.core.numerics import combine, scale
-from diffjax.core.pytree import pytree, replace, static
+from diffjax.core.pytree import pytree, replace, static, taken
 from diffjax.core.types import Array, DenoiseFn, Number, Prediction, PyTree
 from diffjax.prediction.precondition import OfTime, Time, Unscaled
 from diffjax.processes.base import Process
@@ -90,9 +90,8 @@ class ClassifierGuided:
 
     def take(self, index: Array) -> "ClassifierGuided":
         """The guided denoiser of the samples `index`, (k,)."""
-        inner = self.denoise
-        taken = inner.take(index) if hasattr(inner, "take") else inner
-        return replace(self, denoise=taken, cond=self.cond[index], scale=_taken(self.scale, index))
+        scale = _taken(self.scale, index)
+        return replace(self, denoise=taken(self.denoise, index), cond=self.cond[index], scale=scale)
 
     def check_times(self, times: Array) -> None:
         """Raises ValueError for a time at which alpha = 0, and what the inner denoiser refuses."""

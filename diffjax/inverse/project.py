@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from diffjax.core import random
 from diffjax.core.numerics import combine
-from diffjax.core.pytree import pytree, replace
+from diffjax.core.pytree import pytree, replace, taken
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.inverse.operators import LinearOperator, projection
 from diffjax.processes.base import Process
@@ -133,10 +133,8 @@ class Replace:
 
     def take(self, index: Array) -> "Replace":
         """The solver of the samples `index`, (k,)."""
-        operator = self.operator
-        taken = operator.take(index) if hasattr(operator, "take") else operator
         y = jax.tree.map(lambda leaf: leaf if leaf.shape[0] == 1 else leaf[index], self.y)
-        return replace(self, operator=taken, y=y)
+        return replace(self, operator=taken(self.operator, index), y=y)
 
     @property
     def _in_parts(self) -> bool:

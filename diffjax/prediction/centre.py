@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core.numerics import combine
-from diffjax.core.pytree import pytree, replace
+from diffjax.core.pytree import pytree, replace, taken
 from diffjax.core.types import Array, DenoiseFn, Prediction, PyTree
 from diffjax.prediction import kinds
 from diffjax.prediction.wrap import Denoiser
@@ -63,7 +63,7 @@ class Centred(_Around):
     def take(self, index: Array) -> "Centred":
         """The denoiser of the samples `index`, (k,)."""
         anchor = jax.tree.map(lambda leaf: leaf[index], self.anchor)
-        return replace(self, denoise=self.denoise.take(index), anchor=anchor)
+        return replace(self, denoise=taken(self.denoise, index), anchor=anchor)
 
 
 @pytree

@@ -14,6 +14,7 @@ from diffjax import builders
 from diffjax.core import checks, random
 from diffjax.core.numerics import batch_size as size_of
 from diffjax.core.numerics import canonical
+from diffjax.core.pytree import taken
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.guidance import Guide
 from diffjax.inverse import Grey, LinearOperator, Mask, Replace
@@ -122,9 +123,9 @@ class Model:
         for start, index in _batches(num, batch_size or self.config.eval.batch_size):
             cond = None if labels is None else labels[index]
             latent = self.prior(keys[index]) if given is None else given[index]
-            own = plan._replace(solver=_taken(plan.solver, index))
+            own = plan._replace(solver=taken(plan.solver, index))
             latent = temper(latent, temperature)
-            result = self.path(keys[index], own, cond, latent, guide=_taken(guide, index))
+            result = self.path(keys[index], own, cond, latent, guide=taken(guide, index))
             if plan.adaptive:
                 _check_arrived(result)
             images.append(np.asarray(self.parts.quantisation.from_model(result.x)))
@@ -367,11 +368,6 @@ def _check_arrived(result: Result) -> None:
             "the spacing of floats or they needed more than max_steps. Raise rtol, atol or "
             "max_steps, or use a solver of a grid."
         )
-
-
-def _taken(value: Any, index: np.ndarray) -> Any:
-    """The value for some of the images, where it holds something for each."""
-    return value.take(index) if hasattr(value, "take") else value
 
 
 def _batches(num: int, size: int) -> Iterator[tuple[int, np.ndarray]]:

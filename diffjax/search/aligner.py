@@ -24,9 +24,11 @@ import jax.numpy as jnp
 
 from diffjax.core import checks
 from diffjax.core.numerics import combine
-from diffjax.core.pytree import pytree, replace, static
+from diffjax.core.pytree import pytree, replace, static, taken
 from diffjax.core.types import Array, Prediction, PyTree
 from diffjax.processes.base import Process
+
+Held = Literal["eps", "x0"]
 
 
 @pytree
@@ -41,7 +43,7 @@ class Aligned:
     process: Process
     times: Array
     asked: Array
-    held: Literal["eps", "x0"] = static(default="eps")
+    held: Held = static(default="eps")
 
     def __post_init__(self):
         checks.one_of("held", self.held, ("eps", "x0"))
@@ -67,8 +69,7 @@ class Aligned:
 
     def take(self, index: Array) -> "Aligned":
         """The denoiser of the samples `index`, (k,)."""
-        inner = self.denoise
-        return replace(self, denoise=inner.take(index) if hasattr(inner, "take") else inner)
+        return replace(self, denoise=taken(self.denoise, index))
 
     def check_times(self, times: Array) -> None:
         """The inner denoiser's check, at the times that it is asked."""

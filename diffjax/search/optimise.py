@@ -22,7 +22,7 @@ from diffjax.processes.base import Process
 from diffjax.processes.calculus import prior
 from diffjax.search.methods import Gradient, Method, Problem
 from diffjax.search.objective import Objective
-from diffjax.search.schedule import Schedule, aligned, of_plan
+from diffjax.search.schedule import Schedule, aligned, held_for, of_plan
 from diffjax.search.space import Candidate, Plan, Space, schedule_space
 from diffjax.solvers.base import Final, Solver, ToEnd
 from diffjax.solvers.driver import check_solve, sample
@@ -54,7 +54,7 @@ def optimise_schedule(
     check_solve(denoise, times, solver, process, final)
     checks.at_least("starts", shape[0], 1)
     space = schedule_space(process, solver, times) if space is None else space
-    held = _argument(denoise)
+    held, answer = _argument(denoise), held_for(process)
     process = canonical(process)
     sets = [
         _starts(jax.random.fold_in(key, i), held, process, shape, objective, final) for i in (0, 1)
@@ -62,7 +62,7 @@ def optimise_schedule(
 
     def graded(plan: Plan, held: Any, process: Process, starts: Any) -> Array:
         keys, x, target = starts
-        model = aligned(_checkpointed(held), process, plan.times, plan.asked)
+        model = aligned(_checkpointed(held), process, plan.times, plan.asked, answer)
         found = sample(keys, model, x, plan.times, solver=plan.solver, process=process, final=final)
         return objective.score(found.x, target)
 
@@ -83,7 +83,7 @@ def optimise_schedule(
     )
     found = method.search(jax.random.fold_in(key, 2), problem)
     plan = space.plan(found.candidate)
-    model = aligned(denoise, process, plan.times, plan.asked)
+    model = aligned(denoise, process, plan.times, plan.asked, answer)
     check_solve(model, plan.times, plan.solver, process, final)
     grade = jax.jit(graded)
     before, after = (

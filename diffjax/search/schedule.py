@@ -25,7 +25,7 @@ from diffjax.core.files import write_atomic
 from diffjax.core.pytree import replace
 from diffjax.core.types import Array, DenoiseFn
 from diffjax.processes.base import Process
-from diffjax.search.aligner import Aligned
+from diffjax.search.aligner import Aligned, Held
 from diffjax.search.space import Plan
 from diffjax.solvers.base import Solver
 from diffjax.solvers.grids import given
@@ -144,17 +144,31 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
         raise ScheduleError(f"{path} holds no valid schedule: {error}") from error
 
 
-def aligned(denoise: Any, process: Process, times: Array, asked: Array | None) -> Any:
+def aligned(
+    denoise: Any, process: Process, times: Array, asked: Array | None, held: Held | None = None
+) -> Any:
     """`denoise` asked at `asked` in place of `times`, or as it is for None.
 
-    Where the network's start has alpha = 0 (a flow at t = 1), its x0 is kept in place of its eps.
+    held: as of `Aligned`; None is `held_for(process)`.
     """
     if asked is None:
         return denoise
+    return Aligned(denoise, process, times, asked, held or held_for(process))
+
+
+def held_for(process: Process) -> Held:
+    """The network's answer to keep: x0 where the start has alpha = 0 (a flow at t = 1), else eps.
+
+    Raises ValueError inside `jit`, where the process's numbers are unknown.
+    """
     with jax.ensure_compile_time_eval():
         alpha = checks.concrete(process.coeffs(jnp.asarray(process.t_max)).alpha)
-    vanishes = alpha is not None and bool((alpha == 0).any())
-    return Aligned(denoise, process, times, asked, "x0" if vanishes else "eps")
+    if alpha is None:
+        raise ValueError(
+            "Inside jit it is unknown whether the process starts with alpha = 0: align the "
+            "denoiser outside, or say held='x0' (or 'eps') to diffjax.search.aligned."
+        )
+    return "x0" if (alpha == 0).any() else "eps"
 
 
 def describe(value: Any) -> Any:

@@ -120,7 +120,7 @@ def schedule_space(
     return Space(
         first=first,
         plan=plan,
-        random=lambda key: vary(key, jax.tree.map(lambda leaf: leaf, first), 1.0),
+        random=lambda key: vary(key, first, 1.0),
         mutate=lambda key, candidate: vary(key, candidate, 0.5),
         cross=mix,
         features=lambda candidate: jnp.concatenate(

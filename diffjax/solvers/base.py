@@ -16,7 +16,7 @@ the denoiser in `step` and `finish`; `stochastic` says whether `step` draws.
 A solver whose first steps cost more (PNDM's start) has
 
     startup(steps) -> int       the calls beyond steps * stages of the first `steps` steps, which
-                                may be traced
+                                may be traced; State.done counts them
 
 A solver that works on x at a time before it leaves it (a corrector) may have
 

@@ -226,9 +226,10 @@ def invert(
         done = sample(key, denoise, x, times, solver=solver, process=process)
         invert(denoise, done.state, times, solver=solver, process=process).x      # x again
 
-    denoise, times, solver, process: as in the solve; its grid may have increased. One step fewer
-    than the solve, since the state holds two samples: `nfe` counts what ran. `Result.state` is the
-    pair at times[0], ready to be solved from again.
+    denoise, times, solver, process: as in the solve, without padding; its grid may have increased.
+    The solve must end by ToEnd() or Keep(): Tweedie() puts x0 in the place of one of the two
+    samples. One step fewer than the solve, since the state holds two: `nfe` counts what ran.
+    `Result.state` is the pair at times[0], ready to be solved from again.
 
     max_error: the largest error by rounding, eq. (5), relative to the path's largest value. Raises
     ValueError above it, where gamma is known (not a tracer).

@@ -39,7 +39,7 @@ import numpy as np
 from diffjax.core import checks
 from diffjax.core.numerics import expand
 from diffjax.core.pytree import pytree, static
-from diffjax.core.types import Array, DenoiseFn, Key, Prediction, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import log_snr
 from diffjax.solvers.euler import linear_step
@@ -52,13 +52,21 @@ _NODES = 12  # of the quadrature
 class ModelStatistics:
     """l, s and b of eq. (2) at levels of the half log-SNR; linear between, constant outside.
 
-    lam: (K,), increasing. ell, s, b: trees like x, each leaf (K, *data), or (K,) for all elements.
+    lam: (K,), K >= 2, increasing. ell, s, b: trees like x, each leaf (K, *data), or (K,) for all
+    elements.
     """
 
     lam: Array
     ell: PyTree
     s: PyTree
     b: PyTree
+
+    def __post_init__(self):
+        known = checks.concrete(self.lam)
+        if known is not None and (known.ndim != 1 or len(known) < 2 or (np.diff(known) <= 0).any()):
+            raise ValueError(
+                f"lam must hold 2 levels or more of the half log-SNR, increasing; got {known}."
+            )
 
     def at(self, lam: Array) -> tuple[PyTree, PyTree, PyTree]:
         """(l, s, b) at lam (Q,): each leaf (Q, *data)."""
@@ -148,7 +156,7 @@ def integrals(statistics: ModelStatistics, lam: Array, h: Array, count: int) -> 
 class DPMSolverV3:
     """Eq. (3): order p = `order` of the predictor, the corrector through one node more.
 
-    statistics: l, s and b; a table of two equal levels gives DPM-Solver or DPM-Solver++.
+    statistics: l, s and b; the same numbers at two levels give DPM-Solver or DPM-Solver++.
     corrector: whether x is corrected once f is known; it costs no call.
     n_steps: the grid's number of intervals, for an order that falls towards the end; or None.
 
@@ -159,7 +167,7 @@ class DPMSolverV3:
     statistics: ModelStatistics
     order: int = static(default=3)
     corrector: bool = static(default=True)
-    n_steps: float | Array | None = None
+    n_steps: Number | None = None
 
     def __post_init__(self):
         checks.at_least("order", self.order, 1)

@@ -101,6 +101,7 @@ def sample(
     stepped = intervals if final.steps else intervals - 1
     segment = min(checkpoint or 1, max(stepped, 1))
     filling = -stepped % segment  # skipped like padding, so that all segments have one length
+    before = 0 if state is None else getattr(state, "done", 0)
     if state is None:
         state = solver.init(process, x, times[0])
 
@@ -132,7 +133,7 @@ def sample(
         )
     nfe = (intervals - padding - 1) * solver.stages + final.evaluations(solver)
     if hasattr(solver, "startup"):
-        nfe = nfe + solver.startup(stepped - padding)
+        nfe = nfe + solver.startup(before + stepped - padding) - solver.startup(before)
     return Result(state.x, state, nfe, saved)
 
 

@@ -31,12 +31,12 @@ nodes tau_j; on differences, with Lagrange's l_j,
 
 Two rules of the papers replace W_1 where there is one node besides t, which keeps the order:
 
-    b2  W_1 = W_0/2 ("midpoint" in DPM-Solver's code)     b1  W_1 = alpha_s z/2 or -(..) h/2     (9)
+    b2  W_1 = W_0/2 ("midpoint" in DPM-Solver's code)       b1  W_1 = (W_i/M_i) z/2              (9)
 
 In float32 at 1,000 steps nothing cancels: (1) corrects DDIM by small terms, h comes from a ratio,
-M_i from a quadrature with
-positive weights where |z| < 2. A node where alpha = 0 is infinitely far in log-SNR and gets no
-weight; from there the eps form has no correction, and the x0 form its limit.
+M_i from a quadrature with positive weights where |z| < 2. A node where alpha = 0 is infinitely far
+in log-SNR and gets no weight; from there the eps form has no correction, and the x0 form its limit,
+also in place of B1, which has none. A step up to alpha = 0 (an inversion) is DDIM's.
 
 References:
 [1] Lu et al., "DPM-Solver", 2022, https://arxiv.org/abs/2206.00927 (eps, log-SNR).
@@ -83,12 +83,15 @@ class Move(NamedTuple):
 
 
 def move(process: Process, kind: Kind, t: Array, s: Array, eta: Number | None = None) -> Move:
-    """Eqs. (2) and (3) from t to s; sigma_s = 0 and alpha_t = 0 are limits.
+    """Eqs. (2) and (3) from t to s; sigma_s = 0 and alpha = 0 at either end are limits.
 
     kind: what is extrapolated. eta: None or a number >= 0.
     """
     step = between(process, t, s)
-    at_t, at_s, r = step.at_t, step.at_s, step.r
+    at_t, at_s = step.at_t, step.at_s
+    # Up to alpha_s = 0 r is infinite. Any other does: all but `kept` is zero there.
+    signal_left = at_s.alpha > 0
+    r = jnp.where(signal_left, step.r, 2)
     inside = r > 0
     far = 1 / jnp.finfo(r.dtype).eps
     h = jnp.where(inside, -jnp.log(jnp.where(inside, r, 1)), far)
@@ -104,7 +107,7 @@ def move(process: Process, kind: Kind, t: Array, s: Array, eta: Number | None = 
     gap = grown * at_t.sigma * (1 - r)  # sigma_s (e^h - 1), also where sigma_s = 0
     kept = at_s.sigma - strength * gap
     noise = safe_sqrt(strength * (grown * at_t.sigma) ** 2 * step.gain)
-    scale = jnp.where(signal, (1 + strength) * at_s.sigma, 0)
+    scale = jnp.where(signal & signal_left, (1 + strength) * at_s.sigma, 0)
     z = jnp.where(inside, -h, -1)
     return Move(at_t, at_s, kept, grown, -(1 + strength) * gap, noise, z, r, scale)
 
@@ -235,7 +238,9 @@ def weights(
     nodes, used = taus.shape[0], jnp.sum(valid)
     v = [totals[i] for i in range(nodes)]
     if slope != "exact":
-        ruled = moved.pull / 2 if slope == "b2" else moved.scale * moved.z / 2
+        ruled = moved.pull / 2
+        if slope == "b1":  # infinite from alpha_t = 0 on
+            ruled = jnp.where(moved.ratio > 0, moved.scale * moved.z / 2, v[0])
         v[0] = jnp.where(used == 1, ruled, v[0])
     if nodes >= 2:
         v[1] = v[1] * jnp.where(used == 2, curvature, 1.0).astype(v[1].dtype)

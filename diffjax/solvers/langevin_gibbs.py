@@ -69,8 +69,9 @@ class LangevinGibbs:
 
     logits: x -> (B, L), a classifier of the levels, a callable that is a pytree; levels: (L,)
     times. step: e over sigma(t)^2, or e itself if not scaled; (1) is stable below 4. n_skip: steps
-    between two samples. draw: "sample" (a Gibbs step) or "mode" (the public code). pick: which of
-    the last n_skip states is led to clean data.
+    between two samples. draw: "sample" (a Gibbs step) or "mode" (the public code). pick: which
+    state is led to clean data, the last one or that of the lowest level among the last n_skip and
+    the one before them.
     """
 
     logits: Any

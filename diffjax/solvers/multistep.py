@@ -31,7 +31,8 @@ the part of m_(i-1) - m_i that is noise makes up for what x0 gains of the noise 
 End: `finish` is (1) at p = 1, which leads to x0 where sigma_s = 0. `n_steps` makes the order of
 step i at most n_steps - i, as the reference codes do where they lower it (diffusers below 15 steps,
 DPM-Solver's code below 10). `lower_order_final=False` keeps p on the last interval, which needs a
-polynomial that is finite at sigma = 0: eps in rho, t or step.
+polynomial that is finite at sigma = 0: eps in rho, t or step. A `step` that leads there (`Keep`)
+does the same.
 
 References: [1] to [4] of `diffjax.solvers.exponential`.
 """
@@ -110,8 +111,7 @@ class Multistep:
                 f"slope='b1' is a rule of the log-SNR; got variable={self.variable!r}. Use 'exact' "
                 "or 'b2'."
             )
-        finite = self.prediction == "eps" and self.variable != "lambda"
-        if not self.lower_order_final and not finite:
+        if not self.lower_order_final and not self._finite:
             raise ValueError(
                 "lower_order_final=False needs a polynomial that is finite at sigma = 0: "
                 "prediction='eps' with variable 'rho', 't' or 'step'; got "
@@ -133,6 +133,11 @@ class Multistep:
     @property
     def stochastic(self) -> bool:
         return self.eta is not None
+
+    @property
+    def _finite(self) -> bool:
+        """Whether the polynomial may be followed to sigma = 0."""
+        return self.prediction == "eps" and self.variable != "lambda"
 
     def init(self, process: Process, x: PyTree, t: Array) -> History:
         """No history. Raises ValueError for noise in the eps form where alpha = 0."""
@@ -206,7 +211,8 @@ class Multistep:
         places = exponential.places(
             process, self.prediction, self.variable, moved, t, s, times[: self.order - 1], valid
         )
-        return self._weights(process, places, valid, moved, t, s)
+        found = self._weights(process, places, valid, moved, t, s)
+        return found if self._finite else jnp.where(moved.reached.sigma > 0, found, 0)
 
     def corrector_weights(
         self, process: Process, times: Array, done: Array, t: Array, s: Array

@@ -38,7 +38,7 @@ import numpy as np
 
 from diffjax.core import checks, random
 from diffjax.core.numerics import at_least_float32, batch_size
-from diffjax.core.pytree import pytree, static
+from diffjax.core.pytree import pytree, static, taken
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import prior
@@ -46,7 +46,7 @@ from diffjax.solvers.adaptive import PIController, Progress, Trial, advance, beg
 from diffjax.solvers.base import Final, Tweedie
 from diffjax.solvers.driver import Result
 from diffjax.solvers.methods import AdaptiveMethod, EmbeddedRungeKutta, Problem
-from diffjax.solvers.slots import in_chunks, run_in_slots, taken
+from diffjax.solvers.slots import in_chunks, run_in_slots
 from diffjax.solvers.tableaus import DORMAND_PRINCE, Tableau
 
 
@@ -68,11 +68,11 @@ class FlowState(NamedTuple):
 class AdaptiveFlow:
     """An adaptive solve as one value: what `Model.sample` takes beside solvers of a grid.
 
-    controller: tolerances and the rule for steps. method: a tableau, which solves eq. (1), or
-    another `AdaptiveMethod`, whose paper's controller is `method.controller()`.
+    controller: tolerances and the rule for steps; None is the method's own, its paper's. method: a
+    tableau, which solves eq. (1), or another `AdaptiveMethod`.
     """
 
-    controller: PIController = PIController()
+    controller: PIController | None = None
     method: Tableau | AdaptiveMethod = static(default=DORMAND_PRINCE)
 
 

@@ -4,9 +4,10 @@
     result = draw(key, denoise, x, times, solver=solver, process=process, save=bar)
 
 The compiled program calls back to the host after each interval, and once more after a denoising
-that follows the last one. Make a bar once and use it for
-every solve: it is part of the program's structure, and a new one is a new program. Nothing in the
-library reports by itself. Under a mesh each device calls back for itself.
+that follows the last one. Make a bar once and use it for every solve: it is part of the program's
+structure, and a new one is a new program. Nothing in the library reports by itself. Under a mesh
+each device calls back for itself; intervals that are skipped (a padded grid, the filling of
+`checkpoint`) and those that are computed again on the way back are counted too.
 """
 
 from collections.abc import Callable

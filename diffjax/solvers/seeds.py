@@ -103,7 +103,8 @@ class SEEDS:
     """Exponential Runge-Kutta on the reverse SDE, eqs. (3) and (4).
 
     stages: 1, 2 or 3 calls a step. prediction: what is held, "x0" (1) or "eps" (2). weights: "half"
-    or "exact" for two stages. node: c_2 in (0, 1], by default 1/2 for two stages, 1/3 for three.
+    or "exact" for two stages. node: c_2 in (0, 1], by default 1/2 for two stages; for three in
+      (0, 2/3), by default 1/3.
     """
 
     stages: int = static(default=2)
@@ -118,6 +119,8 @@ class SEEDS:
         if self.node is not None:
             checks.positive("node", self.node)
             checks.in_range("node", self.node, 0.0, 1.0)
+            if self.stages == 3:  # the noise is a path through the nodes in their order
+                checks.less("node", self.node, "the third stage's 2/3", 2 / 3)
 
     final_stages = 1
     stochastic = True
@@ -195,11 +198,12 @@ class SEEDS:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *path)
 
 
-def StochasticHeun(prediction: Literal["x0", "eps"] = "eps") -> SEEDS:
-    """Heun's method on the reverse SDE, in sigma/alpha (eps) or the SNR (x0): weak order 2.
+def StochasticHeun(prediction: Literal["x0", "eps"] = "x0") -> SEEDS:
+    """Heun's method on the reverse SDE, in the SNR (x0) or sigma/alpha (eps): weak order 2.
 
-    In x/alpha and sigma~ it is x' = x + 2 h eps + n, x_s = x + h (eps + eps') + n, one draw of n
-    for both, with its exact variance.
+    With eps it is, in x/alpha and sigma~, x' = x + 2 h eps + n, x_s = x + h (eps + eps') + n, one
+    draw of n for both, with its exact variance. Where sigma~ falls by more than about half in a
+    step, x' overshoots and the eps form is unstable: it needs some 50 steps.
     """
     return SEEDS(2, prediction, "half", 1.0)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.types import Array, DenoiseFn, PyTree
+from diffjax.core.types import Array, PyTree
 from diffjax.solvers.adaptive import Progress
 
 Step = Callable[[Progress], Progress]
@@ -33,11 +33,6 @@ class _Slots(NamedTuple):
     whose: Array  # (B,): the row of each slot
     given: Array  # (): rows that have had a slot
     rounds: Array  # (): attempts of the batch
-
-
-def taken(denoise: DenoiseFn, index: Array) -> DenoiseFn:
-    """The denoiser for some of the samples, where it holds something for each."""
-    return denoise.take(index) if hasattr(denoise, "take") else denoise
 
 
 def in_chunks(function: Callable[[Array], PyTree], count: int, size: int) -> PyTree:

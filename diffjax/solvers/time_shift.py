@@ -145,15 +145,17 @@ class TimeShift:
         return ShiftedState(inner.x, inner, jnp.ones_like(state.moved))
 
     def shifted(self, process: Process, x: PyTree, t: Array, s: Array) -> Array:
-        """t' of eq. (2), (B,): between the middle of s and t and t_max; t at or below the cut-off.
+        """t' of eq. (2), (B,), on t's side of the middle of s and t; t at or below the cut-off.
 
         The middle, so that a window wider than the step cannot lead behind the target.
         """
         found = variance_per_sample(x)
         places = jnp.linspace(-0.5, 0.5, self.candidates)
         tried = jnp.asarray(t)[..., None] + self.window * places.astype(found.dtype)
-        low = jnp.maximum((t + s) / 2, process.t_min)
-        tried = jnp.clip(tried, low, jnp.maximum(process.t_max, t))
+        middle, down = (t + s) / 2, s < t
+        low = jnp.maximum(jnp.where(down, middle, process.t_min), process.t_min)
+        high = jnp.where(down, jnp.maximum(process.t_max, t), middle)
+        tried = jnp.clip(tried, low, high)
         at = process.coeffs(tried)
         expected = at.alpha**2 * self.data_variance + at.sigma**2
         nearest = jnp.argmin(jnp.abs(found[:, None] - expected[None]), axis=1)

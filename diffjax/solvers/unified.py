@@ -75,6 +75,8 @@ class Unified:
         known = checks.concrete(self.table)
         if known is not None and (known.ndim != 1 or not len(known)):
             raise ValueError(f"table must have shape (n,) with n >= 1; got {known.shape}.")
+        if known is not None and known.dtype.kind not in "iu":
+            raise ValueError(f"table must hold integers; got {known.dtype}.")
         if known is not None and ((known < 0) | (known >= len(self.choices))).any():
             raise ValueError(
                 f"table must hold integers from 0 to {len(self.choices) - 1}, the places of the "

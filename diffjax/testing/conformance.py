@@ -25,6 +25,7 @@ Each is a check of `diffjax.solvers.base`'s contract that a wrong solver fails. 
 in float64 where an order is asked, and takes seconds.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -340,7 +341,7 @@ def _shifted(tree: Any, i: int) -> Any:
 
 def _other_numbers(solver: Any, i: int) -> Any:
     """The solver with other numbers, also in static fields that hold reals, which none may."""
-    shifted = _shifted(solver, i)
+    shifted = copy.copy(_shifted(solver, i))  # without leaves it is the caller's own
     paths, _ = jax.tree_util.tree_flatten_with_path(solver)
     leaves = {getattr(path[0], "name", None) for path, _ in paths if path}
     for name, value in getattr(shifted, "__dict__", {}).items():

@@ -107,7 +107,7 @@ def test_states_are_at_least_float32(x64):
             numerics.at_least_float32(jnp.ones(2, dtype))
 
 
-def test_canonical_numbers_share_one_program():
+def test_canonical_numbers_share_one_program(fresh_cache):
     run = jax.jit(lambda tree: tree["rate"] * 2)
     plain = jax.jit(lambda tree: tree["rate"] * 2)
     for rate in (0.5, np.float32(0.5), np.float64(0.5), jnp.asarray(0.5), jnp.float32(0.5)):

@@ -141,7 +141,7 @@ def test_dtype_in_float64_mode(training, x64):
     losses_have_the_dtype_of_the_data(training, jnp.float64)
 
 
-def test_numbers_never_retrace():
+def test_numbers_never_retrace(fresh_cache):
     """New data, keys, process, weights and times: one program."""
     denoise = lambda x, t: oracles.gaussian(D).denoiser(PROCESS)(x, t)  # noqa: E731
     run = jax.jit(

@@ -194,7 +194,7 @@ def test_data_without_labels_raise():
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
-        ({"name": "classify"}, "'denoising', the default, or 'classification'; got 'classify'"),
+        ({"name": "classify"}, "or 'classification'; got 'classify'"),
         ({"name": "classification", "reduce": "mean"}, "loss.reduce does not apply"),
     ],
 )

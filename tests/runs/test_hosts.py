@@ -102,7 +102,9 @@ def assert_same(found, alone):
     np.testing.assert_allclose(here, there, rtol=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize(
+    "count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_shares_come_together(count, monkeypatch):
     """Also with more processes than batches."""
     alone = gathered()

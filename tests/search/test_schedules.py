@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 
 from diffjax import search
+from diffjax.core.numerics import canonical
 from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow
+from diffjax.search.schedule import held_for
 from diffjax.search.space import grid_of, logits_of, mix
 from diffjax.solvers import DDIM, Ancestral, Heun, Keep, grids, sample
 from tests import oracles
@@ -104,6 +106,15 @@ def test_the_aligner_lowers_the_error_of_few_steps():
     method = search.Gradient(steps=80, learning_rate=0.02, batch=64, looks=2)
     found = optimise(0, VP(), times, method, move=False, align=True)
     assert found.after < found.before
+    flow = RectifiedFlow()  # alpha = 0 at its start, so x0 is what is kept
+    found = optimise(0, flow, grids.uniform(flow, STEPS), method, move=False, align=True)
+    assert found.after < found.before
+
+
+def test_the_answer_kept_is_the_process_s():
+    assert held_for(VP()) == "eps" and held_for(RectifiedFlow()) == "x0"
+    with pytest.raises(ValueError, match="Inside jit it is unknown"):
+        jax.jit(lambda process: held_for(process))(canonical(VP()))
 
 
 def test_grids_come_back_from_their_logits():
@@ -121,7 +132,14 @@ def test_grids_come_back_from_their_logits():
         assert (np.abs(back - times) <= 2e-5 * np.asarray(times) + loose).all()
 
 
-@pytest.mark.parametrize("process", [VP(), EDM(), VE()], ids=["vp", "edm", "ve"])
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param(VP(), id="vp", marks=pytest.mark.slow),
+        pytest.param(EDM(), id="edm"),
+        pytest.param(VE(), id="ve", marks=pytest.mark.slow),
+    ],
+)
 def test_every_candidate_is_a_grid(process):
     times = grids.karras(process, STEPS)
     space = search.schedule_space(process, DDIM(), times, align=True, spread=1.0)
@@ -246,6 +264,7 @@ def test_a_schedule_asks_its_network(schedule):
     assert schedule.denoiser(inner, process) is inner
 
 
+@pytest.mark.slow
 def test_a_statistic_of_a_stochastic_solver_is_searched():
     """Evolution needs scores alone: here the error of the samples' variance."""
     oracle = oracles.gaussian(D)

@@ -54,7 +54,7 @@ def test_a_schedule_takes_the_grids_place(config):
         ({}, {"solver": "heun"}, "searched for the solver"),
         ({}, {"solver": "ddim", "steps": 3}, "own number of steps"),
         ({}, {"solver": "ode"}, "chooses its own steps"),
-        ({"table": {"order": jnp.ones(4)}}, {"solver": "ddim"}, "table of solvers"),
+        ({"table": {"order": jnp.ones(4)}}, {"solver": "ddim"}, "which DDIM does not take"),
     ],
 )
 def test_what_does_not_fit_is_refused(config, change, options, message):

@@ -1,6 +1,7 @@
 """Shared by the solver tests: processes with safe ranges, mutants and counted denoisers."""
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Prediction
 from diffjax.processes import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
 from diffjax.solvers import sample
+from diffjax.testing.case import PLAIN
 
 
 class Span(NamedTuple):
@@ -42,7 +44,7 @@ def padded(times, length):
 def padded_solver(solver, process, denoise, final):
     """(x, times padded, n) -> x at the end; one compilation for every n."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=PLAIN)
     def solve(x, times, n):
         result = sample(
             jax.random.key(0),

@@ -50,7 +50,7 @@ FLOWS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "dpm_2" else n for n in FLOWS]
+    "name", [n if n == "log_snr" else pytest.param(n, marks=pytest.mark.slow) for n in FLOWS]
 )
 def test_error_follows_the_tolerance(name, x64):
     """Against the closed form of a Gaussian's flow: within 100 tolerances at each of three."""
@@ -218,15 +218,14 @@ def check_sde(method, tolerance):
     check_law(got.x, process, LOW)
 
 
-@pytest.mark.parametrize("tolerance", [0.05, pytest.param(0.02, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerance", [0.05, 0.02])
 def test_moments_of_the_sde(tolerance):
     check_sde(AdaptiveSDE(), tolerance)
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    ["noise 3% off", pytest.param("no memory of rejected noise", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ["noise 3% off", "no memory of rejected noise"])
 def test_moments_of_the_sde_find_mutants(mutant):
     """Also the paper's own rule for rejections: in 16 dimensions its bias is seen."""
     with pytest.raises(AssertionError), scaled_noise(1.03 if "3%" in mutant else 1.0):
@@ -317,7 +316,8 @@ def test_neighbours_and_calls(name):
         assert alone.state.rounds * method.stages + 1 == alone.nfe[0]
 
 
-@pytest.mark.parametrize("name", ["dpm_2", pytest.param("sde", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpm_2", "sde"])
 def test_derivatives(name, x64):
     """Reverse mode says what to do; the bounded form has it and agrees with forward mode."""
     process, x = VP(), jnp.asarray(standard_normal(0, (2, 3)))

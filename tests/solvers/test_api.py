@@ -60,7 +60,9 @@ def plain_end(solver):
     return compiled(functools.partial(end_of, solver=solver))
 
 
-GRADIENTS = [(DDIM, None), (DDIM, 1), (DDIM, 3), (DDIM, 4), (Heun, 4)]
+SLOW = pytest.mark.slow
+OTHERS = [(DDIM, None), (DDIM, 1), (DDIM, 3), (Heun, 4)]
+GRADIENTS = [(DDIM, 4), *(pytest.param(*pair, marks=SLOW) for pair in OTHERS)]
 
 
 @pytest.mark.parametrize("solver, checkpoint", GRADIENTS)
@@ -81,7 +83,16 @@ def test_gradients_are_finite_differences(solver, checkpoint, x64):
         np.testing.assert_allclose(jnp.sum(slope * along), difference, rtol=1e-6, atol=1e-7)
 
 
-def test_checkpointing_changes_no_sample(key):
+@pytest.mark.parametrize(
+    "final, n_steps, checkpoints",
+    [
+        (ToEnd(), None, (2,)),
+        pytest.param(ToEnd(), None, (1, 5, 100), marks=SLOW),
+        pytest.param(ToEnd(), 4, (2,), marks=SLOW),
+        pytest.param(Keep(), None, (4,), marks=SLOW),
+    ],
+)
+def test_checkpointing_changes_no_sample(final, n_steps, checkpoints, key):
     """Samples, path and count of calls are the same, whether segments divide the steps or not."""
 
     @functools.partial(compiled, static_argnames="checkpoint")
@@ -100,17 +111,12 @@ def test_checkpointing_changes_no_sample(key):
         )
 
     times, x = grids.uniform(PROCESS, 6, end=0.0), start().astype(jnp.float32)
-    for final, n_steps, checkpoints in (
-        (ToEnd(), None, (1, 2, 5, 100)),
-        (ToEnd(), 4, (2,)),
-        (Keep(), None, (4,)),
-    ):
-        plain = run(x, final, n_steps=n_steps)
-        for checkpoint in checkpoints:
-            found = run(x, final, checkpoint, n_steps)
-            assert found.nfe == plain.nfe
-            np.testing.assert_allclose(found.saved, plain.saved, rtol=2e-6, atol=2e-6)
-            np.testing.assert_allclose(found.x, plain.x, rtol=2e-6, atol=2e-6)
+    plain = run(x, final, n_steps=n_steps)
+    for checkpoint in checkpoints:
+        found = run(x, final, checkpoint, n_steps)
+        assert found.nfe == plain.nfe
+        np.testing.assert_allclose(found.saved, plain.saved, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(found.x, plain.x, rtol=2e-6, atol=2e-6)
 
 
 def test_checkpoint_is_checked(key):
@@ -153,6 +159,12 @@ def memory_of_gradient(n, checkpoint):
     return program.memory_analysis().temp_size_in_bytes / (4 * math.prod(shapes[1]))
 
 
+def test_memory_of_a_gradient_is_far_below_a_state_a_step():
+    """At checkpoint sqrt(n); plainly it is several states a step."""
+    assert memory_of_gradient(257, 16) < 257 / 2
+
+
+@SLOW
 def test_memory_of_gradients():
     """n times a step plainly, n states at checkpoint 1, 2 sqrt(n) states at sqrt(n)."""
     plain = [memory_of_gradient(n, None) for n in (65, 257)]
@@ -183,7 +195,7 @@ def guided(labels, scale, process=PROCESS):
     return guide(mixture(D).denoiser(process))
 
 
-def test_one_program_serves_every_knob(key):
+def test_one_program_serves_every_knob(key, fresh_cache):
     """Twenty settings of guidance, eta, churn, range, number of steps, labels, schedule: one."""
     traces = []
 
@@ -218,8 +230,11 @@ def test_one_program_serves_every_knob(key):
     assert len(traces) == 2  # the count sees a new program
 
 
-@pytest.mark.parametrize("solver", [Heun(), Ancestral()], ids=["heun", "ancestral"])
-def test_padded_grids(solver, key):
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(Heun(), id="heun"), pytest.param(Ancestral(), id="ancestral", marks=SLOW)],
+)
+def test_padded_grids(solver, key, fresh_cache):
     """The grid's own samples, bit for bit, in any bucket; one program for every length."""
 
     @compiled
@@ -277,6 +292,7 @@ def test_a_batch_of_conditions_and_scales(key):
     assert guided(labels, 2.0).take(index).scale == 2.0
 
 
+@SLOW
 def test_conditions_may_be_closed_over(key):
     """Any callable is a denoiser: a closure over labels gives what the guide gives."""
     labels, times = np.asarray([0, 1, 2, 1]), grids.uniform(PROCESS, 3, end=0.0)
@@ -320,7 +336,7 @@ def solve(keys, x):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in ("2", "4x2") else pytest.mark.slow) for n in MESHES],
+    [pytest.param(n, marks=() if n == "4x2" else SLOW) for n in MESHES],
 )
 def test_any_mesh_without_collectives(name, key):
     """The batch over one axis or two, by the partitioner and inside `shard_map`."""
@@ -347,7 +363,7 @@ def test_any_mesh_without_collectives(name, key):
 # --- progress ----------------------------------------------------------------------------------
 
 
-def test_progress_on_request(key):
+def test_progress_on_request(key, fresh_cache):
     """A bar to the end of every solve, one program for all of them, nothing kept."""
     out = io.StringIO()
     draw = jax.jit(sample, static_argnames="save")

@@ -1,5 +1,6 @@
 """The harness for a user's own solver: ours pass it, and each wrong solver fails its check."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -119,7 +120,22 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+# One for each check, but those that need many samples or a program of their own.
+QUICK = (
+    "wrong order",
+    "calls at sigma = 0",
+    "calls misdeclared",
+    "noise left",
+    "root of eta",
+    "first key for all",
+    "number as structure",
+    "raises",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in WRONG]
+)
 def test_a_wrong_solver_fails(case):
     solver, check = WRONG[case]
     report = check_solver(solver, order=1, skip=only(check))
@@ -128,7 +144,9 @@ def test_a_wrong_solver_fails(case):
         report.raise_if_failed()
 
 
-@pytest.mark.parametrize("name, order", [("heun", 2), ("ddim_eta", 1)])
+@pytest.mark.parametrize(
+    "name, order", [("heun", 2), pytest.param("ddim_eta", 1, marks=pytest.mark.slow)]
+)
 def test_ours_pass(name, order):
     report = check_solver(members.by_name(members.SOLVERS, name).solver, order=order)
     report.raise_if_failed()
@@ -140,16 +158,33 @@ def test_ours_pass(name, order):
 
 OTHERS = [
     pytest.param(VE(), id="ve"),
-    pytest.param(EDM(), id="edm", marks=pytest.mark.slow),
-    pytest.param(RectifiedFlow(), id="flow", marks=pytest.mark.slow),
+    pytest.param(EDM(), id="edm"),
+    pytest.param(RectifiedFlow(), id="flow"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", OTHERS)
 def test_other_processes(process):
     """Where sigma(0) = 0 or not, and where the start has no signal."""
     skip = only("order", "uneven", "calls", "times", "end")
     check_solver(Heun(), process=process, order=2, skip=skip).raise_if_failed()
+
+
+def test_a_static_solver_keeps_its_numbers():
+    """One without leaves has its numbers changed in copies, to count programs."""
+
+    @jax.tree_util.register_static
+    @dataclasses.dataclass(frozen=True)
+    class Static(mutants._OneCall):
+        share: float = 0.5
+
+        def step(self, keys, denoise, process, state, t, s):
+            return DDIM().step(keys, denoise, process, state, t, s)
+
+    solver = Static()
+    assert check_solver(solver, skip=only("retrace")).failed == ("retrace",)
+    assert solver.share == 0.5
 
 
 def test_unknown_names_are_refused():

@@ -56,10 +56,17 @@ def measured(levels=120, dim=16):
     return find(jax.random.key(1), data.denoiser(PROCESS), PROCESS, x0, levels=levels)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+SPECIAL = [(1.0, 0.0, "x0", False), (0.0, -1.0, "eps", False), (1.0, 0.0, "x0", True)]
+QUICK = [(*SPECIAL[1], 2), (*SPECIAL[2], 3)]
+
+
 @pytest.mark.parametrize(
-    ("ell", "s", "prediction", "corrector"),
-    [(1.0, 0.0, "x0", False), (0.0, -1.0, "eps", False), (1.0, 0.0, "x0", True)],
+    ("ell", "s", "prediction", "corrector", "order"),
+    [
+        pytest.param(*case, order, marks=() if (*case, order) in QUICK else pytest.mark.slow)
+        for case in SPECIAL
+        for order in (1, 2, 3)
+    ],
 )
 def test_special_cases(ell, s, prediction, corrector, order):
     """Constant coefficients give DPM-Solver++, DPM-Solver and UniPC."""
@@ -72,11 +79,18 @@ def test_special_cases(ell, s, prediction, corrector, order):
     )
 
 
-def test_gaussian_statistics():
-    """For Gaussian data l is sigma^2/V, f = -sigma^2 m/V for every x, and so s = 0, b = f'."""
+@functools.cache
+def of_gaussian():
+    """Gaussian data, and its statistics."""
     data = gaussian(DIM, jnp.float64)
     x0 = data.draw(jax.random.key(2), 32, jnp.float64)
-    found = model_statistics(jax.random.key(1), data.denoiser(PROCESS), PROCESS, x0, levels=200)
+    denoise = data.denoiser(PROCESS)
+    return data, model_statistics(jax.random.key(1), denoise, PROCESS, x0, levels=400)
+
+
+def test_gaussian_statistics():
+    """For Gaussian data l is sigma^2/V, f = -sigma^2 m/V for every x, and so s = 0, b = f'."""
+    data, found = of_gaussian()
     m, d = data.mean, data.std
 
     def variance_share(lam):
@@ -92,10 +106,8 @@ def test_gaussian_statistics():
 
 def test_gaussian_data_in_one_step():
     """Any step is exact as far as the table resolves; DDIM is far off."""
-    data = gaussian(DIM, jnp.float64)
+    data, found = of_gaussian()
     denoise, (_, x) = data.denoiser(PROCESS), problem()
-    x0 = data.draw(jax.random.key(2), 32, jnp.float64)
-    found = model_statistics(jax.random.key(1), denoise, PROCESS, x0, levels=400)
     times = jnp.asarray([0.9, 0.3])
     exact = data.flow(PROCESS, x, times[0], times[1])
     off = lambda solver: np.abs(draw(denoise, x, times, solver, final=Keep()) - exact).max()  # noqa: E731
@@ -157,6 +169,8 @@ def test_file(tmp_path):
 
 def test_refusals():
     denoise, x = problem()
+    with pytest.raises(ValueError, match="lam must hold 2 levels or more"):
+        replace(constant(1.0, 0.0), lam=jnp.asarray([9.0, -9.0]))
     with pytest.raises(ValueError, match="alpha = 0"):
         DPMSolverV3(constant(1.0, 0.0)).init(RectifiedFlow(), x, jnp.asarray(1.0))
     with pytest.raises(ValueError, match="half log-SNR must be finite"):

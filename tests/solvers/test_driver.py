@@ -68,7 +68,7 @@ def start(batch=4, dim=3):
 
 
 @pytest.mark.parametrize("case", SOLVERS)
-def test_declared_calls_are_the_calls_that_run(case, key):
+def test_declared_calls_are_the_calls_that_run(case, key, fresh_cache):
     """nfe against a run-time callback: with and without jit, for every end, with padding."""
     solver, _ = SOLVERS[case]
     counter = Counter(gaussian().denoiser(PROCESS))
@@ -230,7 +230,7 @@ def test_the_program_does_not_grow_with_the_steps(case):
     assert len({sum(" = " in line for line in program) for program in programs}) == 1
 
 
-def test_numbers_never_retrace(key):
+def test_numbers_never_retrace(key, fresh_cache):
     """A new key, weight, schedule constant, eta, number of steps or grid: one program."""
     draw = jax.jit(sample, static_argnames=("save",))
     for i in range(3):

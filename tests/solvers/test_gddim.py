@@ -105,7 +105,14 @@ def covariance_order(solver, name):
     return order_of_convergence(STEPS, errors)
 
 
-@pytest.mark.parametrize("noise, name", [(0.5, "sub_vp"), (1.6, "vp"), (0.5, "flow")])
+@pytest.mark.parametrize(
+    "noise, name",
+    [
+        (0.5, "sub_vp"),
+        pytest.param(1.6, "vp", marks=pytest.mark.slow),
+        pytest.param(0.5, "flow", marks=pytest.mark.slow),
+    ],
+)
 def test_weak_order(noise, name):
     assert abs(covariance_order(GDDIM(noise), name) - 1) < 0.2
 

@@ -101,7 +101,7 @@ def test_quadratic_is_the_paper_formula():
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_grids_inside_jit(grid):
+def test_grids_inside_jit(grid, fresh_cache):
     """With end= a grid can be built from traced numbers; without it the message says so."""
     make = jax.jit(lambda process: GRIDS[grid](process, 8, end=0.0))
     for beta in (20.0, 10.0):

@@ -109,10 +109,8 @@ def distances(seed):
     return distance(found.x), distance(ddim), distance(heun)
 
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
 def test_ten_evaluations_do_more_than_twenty_of_the_deterministic_solvers(seed):
     chain, ddim, heun = distances(seed)
     assert chain < 0.75 * min(ddim, heun), (chain, ddim, heun)
@@ -169,17 +167,17 @@ def test_the_level_drawn_has_its_posterior():
     assert (np.asarray(likeliest) == np.asarray(LEVELS)[p.argmax()]).all()
 
 
-def test_a_chain_depends_on_its_own_key_and_start():
-    x, t = start(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), CHAINS)
-    for pick in ("last", "lowest"):
-        chain = chain_of(pick=pick)
-        whole = run(keys, x, t, chain)
-        part = run(keys[:5], x[:5], t[:5], chain)
-        np.testing.assert_allclose(whole.x[:, :5], part.x, atol=2e-5)
-        np.testing.assert_array_equal(whole.levels[:, :5], part.levels)
+@pytest.mark.parametrize("pick", ["last", pytest.param("lowest", marks=pytest.mark.slow)])
+def test_a_chain_depends_on_its_own_key_and_start(pick):
+    keys, x = jax.random.split(jax.random.key(1), 40), ORACLE.draw(jax.random.key(0), 40)
+    t, chain = jnp.full((40,), 0.5), chain_of(pick=pick)
+    whole = run(keys, x, t, chain)
+    part = run(keys[:5], x[:5], t[:5], chain)
+    np.testing.assert_allclose(whole.x[:, :5], part.x, atol=2e-5)
+    np.testing.assert_array_equal(whole.levels[:, :5], part.levels)
 
 
+@pytest.mark.slow
 def test_the_lowest_of_the_last_states_is_led():
     x, t = start(jax.random.key(0))
     chains = [chain_of(n_skip=1), chain_of(n_skip=2, pick="lowest")]
@@ -188,7 +186,13 @@ def test_the_lowest_of_the_last_states_is_led():
     np.testing.assert_array_equal(lowest[0], expected)
 
 
-@pytest.mark.parametrize(("solver", "n"), [(DDIM(), 3), (Heun(), 3)], ids=["ddim", "heun"])
+@pytest.mark.parametrize(
+    ("solver", "n"),
+    [
+        pytest.param(DDIM(), 3, id="ddim", marks=pytest.mark.slow),
+        pytest.param(Heun(), 3, id="heun"),
+    ],
+)
 def test_evaluations_are_counted(solver, n):
     counter = Counter(DENOISE)
     x, t = jnp.ones((2, D)), jnp.full((2,), 0.5)
@@ -206,7 +210,14 @@ def test_evaluations_are_counted(solver, n):
     assert counter.read() == 2 * found.nfe
 
 
-@pytest.mark.parametrize("process", [EDM(), VP(), VE()], ids=["edm", "vp", "ve"])
+@pytest.mark.parametrize(
+    "process",
+    [
+        pytest.param(EDM(), id="edm", marks=pytest.mark.slow),
+        pytest.param(VP(), id="vp"),
+        pytest.param(VE(), id="ve", marks=pytest.mark.slow),
+    ],
+)
 def test_the_grid_leads_from_each_time_to_the_end(process):
     t = jnp.asarray([process.t_min, 0.2, 0.9])
     times = np.asarray(grid_from(process, t, 6, to_zero=False))

@@ -125,6 +125,7 @@ def distance(solver, n, grid=grids.uniform):
     return np.abs(ends - exact_quantiles()[None]).mean()
 
 
+@pytest.mark.slow
 def test_twenty_calls_restore_as_well_as_two_hundred():
     """Order 2, 20 calls, against Euler-Maruyama with 200: the distance from the exact posterior.
 

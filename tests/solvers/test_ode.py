@@ -165,7 +165,7 @@ def test_looser_tolerance_is_cheaper():
     assert results[1].nfe.mean() < 0.4 * results[0].nfe.mean()
 
 
-def test_one_program_for_all_numbers():
+def test_one_program_for_all_numbers(fresh_cache):
     run = jax.jit(lambda *args, **rest: solve_adaptive(*args, **rest), compiler_options=PLAIN)
     for i in range(3):
         process = VP(beta_max=20.0 - i)

@@ -119,6 +119,7 @@ def test_gradients_are_finite_differences(x64):
         np.testing.assert_allclose(slope, (values[0] - values[1]) / (2 * h), rtol=rtol)
 
 
+@pytest.mark.slow
 def test_a_plain_callable_and_vmap(x64):
     """Weights that a function closes over get their gradient, and integers do no harm."""
     process, times = grid(ToEnd(), False)

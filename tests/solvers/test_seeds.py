@@ -21,6 +21,7 @@ from diffjax.processes import VP, RectifiedFlow
 from diffjax.solvers import Ancestral, NoiselessPredictor, ToEnd, XState, grids, sample
 from diffjax.solvers.seeds import SEEDS, SEEDS2, SEEDS3, StochasticHeun, centroid, hold
 from diffjax.testing import given_noise, order_of_convergence, propagate_moments
+from diffjax.testing.case import PLAIN
 from tests.oracles import PointMass, gaussian, mixture
 from tests.solvers.helpers import (
     SPANS,
@@ -72,7 +73,10 @@ def moment_orders(solver, name):
     alphas = [process.coeffs(jnp.asarray(t)).alpha for t in (span.high, span.low)]
     kept = jnp.diag(exact[1]) / jnp.diag(start[1]) * alphas[0] / alphas[1]
     start, exact = (start[0] + off, start[1]), (exact[0] + kept * off, exact[1])
-    run = jax.jit(lambda times: propagate_moments(solver, denoise, process, times, *start))
+    run = jax.jit(
+        lambda times: propagate_moments(solver, denoise, process, times, *start),
+        compiler_options=PLAIN,
+    )
     ends = [
         run(padded(grids.log_snr(process, n, t_max=span.high, end=span.low), STEPS[-1]))
         for n in STEPS
@@ -84,6 +88,7 @@ def moment_orders(solver, name):
     return orders
 
 
+QUICK = ["heun_eps-ve", "seeds2_x0-vp", "seeds3_eps-cosine"]
 # solver, process, order of the mean, order of the covariance. E[x0 | x_t] is a martingale of the
 # reverse SDE, so that a rule in x0 has the mean exactly (None).
 ORDERS = {
@@ -98,7 +103,9 @@ ORDERS = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", ORDERS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in ORDERS]
+)
 def test_weak_order(case):
     """Mean and covariance of the marginals converge at the declared order."""
     solver, name, *expected = ORDERS[case]
@@ -272,6 +279,7 @@ def test_starts_and_fields(key):
         ({"weights": "all"}, "weights must be one of"),
         ({"node": 0.0}, "node must be positive"),
         ({"node": 1.2}, "node must lie in"),
+        ({"stages": 3, "node": 0.7}, "node must be below the third stage's"),
     ):
         with pytest.raises(ValueError, match=message):
             SEEDS(**bad)

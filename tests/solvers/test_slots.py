@@ -76,7 +76,7 @@ def rounds_of_a_queue(attempts, slots):
 
 
 @pytest.mark.parametrize(
-    "name", ["dormand_prince", pytest.param("dpm_3", marks=pytest.mark.slow), "sde"]
+    "name", [n if n == "sde" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
 )
 def test_each_sample_is_that_of_the_whole_batch(name):
     """Bit for bit, for every number of slots; and the rounds are those of a queue."""

@@ -116,14 +116,8 @@ def ratios(seed, plain=DDIM(), window=0.1):
     ]
 
 
-def test_the_shift_lowers_the_error_of_few_step_ddim():
-    shifted, paper = ratios(0)
-    assert shifted < 0.9
-    assert paper > 1
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, SEEDS))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_the_shift_lowers_the_error_for_every_seed(seed):
     shifted, paper = ratios(seed)
     assert shifted < 0.9
@@ -186,6 +180,10 @@ def test_a_window_wider_than_the_step_does_not_lead_behind_the_target():
     t, s = jnp.asarray(0.5), jnp.asarray(0.45)
     low = shift.shifted(PROCESS, jnp.zeros((1, 64)), t, s)
     assert low == pytest.approx(0.475)
+    # On the way up the window is cut above.
+    noise = 9 * jax.random.normal(jax.random.key(0), (1, 64))
+    assert shift.shifted(PROCESS, noise, s, t) == pytest.approx(0.475)
+    assert shift.shifted(PROCESS, 0 * noise, s, t) < 0.1
 
 
 def test_a_schedule_per_pixel_is_refused():

@@ -35,10 +35,8 @@ def mixed(x):
     return np.mean(away.min(axis=1) > 0.6)
 
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
 def test_the_start_lowers_mode_mixture_at_ten_evaluations(seed):
     key = jax.random.key(seed)
     bank = ORACLE.draw(jax.random.fold_in(key, 0), 128)
@@ -63,6 +61,7 @@ def test_every_point_gets_its_share():
     assert start.error < 0.15
 
 
+@pytest.mark.slow
 def test_the_map_costs_what_the_best_assignment_costs():
     """Against a linear assignment of 32 copies of each of 16 points to 512 noises."""
     bank = jax.random.normal(jax.random.key(0), (16, 3)) + 1.0

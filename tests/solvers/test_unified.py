@@ -42,7 +42,13 @@ def draw(solver):
     return DRAW(jax.random.key(0), denoise, x, times, solver=solver, process=PROCESS).x
 
 
-@pytest.mark.parametrize("place", range(len(CHOICES)))
+QUICK = [4, 6]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(i, marks=() if i in QUICK else pytest.mark.slow) for i in range(len(CHOICES))],
+)
 def test_the_same_method_everywhere(place):
     table = jnp.full((N,), place)
     np.testing.assert_allclose(draw(Unified(CHOICES, table)), draw(CHOICES[place]), atol=1e-12)
@@ -83,7 +89,7 @@ def test_a_corrector_corrects_the_step_before():
     assert np.abs(path([0, 0, 1, 1, 1, 1, 1])[1] - path([1] * N)[1]).max() > 1e-4
 
 
-def test_one_program_for_all_tables():
+def test_one_program_for_all_tables(fresh_cache):
     denoise, x, times = problem()
     run = lambda *args, **given: sample(*args, **given)  # noqa: E731
     runs = jax.jit(run)
@@ -101,6 +107,7 @@ def test_one_program_for_all_tables():
         ((DPMSolver(3),), [0], "deterministic members of the multistep family"),
         ((UniPC(2),), [1], "integers from 0 to 0"),
         ((UniPC(2),), [[0]], r"shape \(n,\)"),
+        ((UniPC(2),), [0.0], "must hold integers; got float"),
         ((), [0], "the number of choices"),
     ],
 )
