@@ -24,7 +24,7 @@ from diffjax.search.methods import Gradient, Method, Problem
 from diffjax.search.objective import Objective
 from diffjax.search.schedule import Schedule, aligned, held_for, of_plan
 from diffjax.search.space import Candidate, Plan, Space, schedule_space
-from diffjax.solvers.base import Final, Solver, ToEnd
+from diffjax.solvers.base import Final, Solver, ToEnd, calls
 from diffjax.solvers.driver import check_solve, sample
 
 
@@ -89,7 +89,7 @@ def optimise_schedule(
     before, after = (
         float(grade(each, held, process, sets[1])) for each in (Plan(times, solver), plan)
     )
-    nfe = (times.shape[0] - 2) * solver.stages + final.evaluations(solver)
+    nfe = calls(solver, final, times.shape[0] - 1)
     return of_plan(
         plan,
         process,

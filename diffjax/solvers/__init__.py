@@ -4,7 +4,16 @@ from diffjax.solvers import grids
 from diffjax.solvers.adaptive import PIController
 from diffjax.solvers.adaptive_sde import AdaptiveSDE
 from diffjax.solvers.ancestral import DDIM, Ancestral
-from diffjax.solvers.base import Final, Keep, NoiselessPredictor, Solver, ToEnd, Tweedie, XState
+from diffjax.solvers.base import (
+    Final,
+    Keep,
+    NoiselessPredictor,
+    Solver,
+    ToEnd,
+    Tweedie,
+    XState,
+    calls,
+)
 from diffjax.solvers.bdia import BDIADDIM, BDIAEDM, invert
 from diffjax.solvers.corrector import (
     AnnealedLangevin,
@@ -132,6 +141,7 @@ __all__ = [
     "Unified",
     "Variable",
     "XState",
+    "calls",
     "decode",
     "encode",
     "fit_gaussian",

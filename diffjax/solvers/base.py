@@ -100,6 +100,17 @@ class Final(Protocol):
     ) -> Any: ...
 
 
+def calls(
+    solver: Solver, final: Final, intervals: int | Array, done: int | Array = 0
+) -> int | Array:
+    """The calls of the denoiser in a solve over so many intervals; done: steps taken before it."""
+    total = (intervals - 1) * solver.stages + final.evaluations(solver)
+    if hasattr(solver, "startup"):
+        steps = intervals if final.steps else intervals - 1
+        total = total + solver.startup(done + steps) - solver.startup(done)
+    return total
+
+
 def _refuse_increasing(name: str, increasing: bool) -> None:
     if increasing:
         raise ValueError(

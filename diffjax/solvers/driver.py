@@ -38,7 +38,7 @@ from diffjax.core import checks, random
 from diffjax.core.numerics import at_least_float32, batch_size
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.processes.base import Process
-from diffjax.solvers.base import Final, Solver, ToEnd
+from diffjax.solvers.base import Final, Solver, ToEnd, calls
 
 
 class Result(NamedTuple):
@@ -131,9 +131,7 @@ def sample(
             saved,
             save(state),
         )
-    nfe = (intervals - padding - 1) * solver.stages + final.evaluations(solver)
-    if hasattr(solver, "startup"):
-        nfe = nfe + solver.startup(before + stepped - padding) - solver.startup(before)
+    nfe = calls(solver, final, intervals - padding, before)
     return Result(state.x, state, nfe, saved)
 
 

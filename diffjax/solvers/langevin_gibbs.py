@@ -44,7 +44,7 @@ from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import inverse_log_snr, log_snr, score
-from diffjax.solvers.base import Final, Solver, ToEnd
+from diffjax.solvers.base import Final, Solver, ToEnd, calls
 
 
 @pytree
@@ -117,7 +117,7 @@ class ChainResult(NamedTuple):
     x: PyTree
     chain: tuple[PyTree, Array]
     levels: Array
-    nfe: int
+    nfe: int | Array
 
 
 def sample_chain(
@@ -169,7 +169,7 @@ def sample_chain(
         return (x, t), (clean, low)
 
     end, (clean, levels) = jax.lax.scan(one, (x, t), jnp.arange(n_samples))
-    nfe = chain.n_skip + (n_steps - 1) * solver.stages + final.evaluations(solver)
+    nfe = chain.n_skip + calls(solver, final, n_steps)
     return ChainResult(clean, end, levels, nfe)
 
 

@@ -34,7 +34,7 @@ from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import between
-from diffjax.solvers.base import Final, Solver, ToEnd
+from diffjax.solvers.base import Final, Solver, ToEnd, calls
 from diffjax.solvers.driver import Result, check_solve
 
 
@@ -139,7 +139,7 @@ def sample_with_restarts(
     state, _ = jax.lax.scan(body, state, jnp.arange(count if final.steps else count - 1))
     last = random.step_keys(keys, count - 1)
     state = final.end(solver, last, denoise, process, state, times[-2], times[-1])
-    return Result(state.x, state, (count - 1) * solver.stages + final.evaluations(solver), None)
+    return Result(state.x, state, calls(solver, final, count), None)
 
 
 def _raise(process: Process, keys: Key, state: Any, at: Path) -> Any:

@@ -34,7 +34,7 @@ from diffjax.core import random
 from diffjax.core.numerics import at_least_float32, batch_size
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.processes.base import Process
-from diffjax.solvers.base import Final, Solver, ToEnd
+from diffjax.solvers.base import Final, Solver, ToEnd, calls
 from diffjax.solvers.driver import Result, check_solve
 
 
@@ -86,7 +86,7 @@ def sample_reversible(
         state = _solve((denoise, process, solver), state, times[: stepped + 1])
     last_keys = random.step_keys(keys, intervals - 1)
     state = final.end(solver, last_keys, denoise, process, state, times[-2], times[-1])
-    nfe = (intervals - 1) * solver.stages + final.evaluations(solver)
+    nfe = calls(solver, final, intervals)
     return Result(state.x, state, nfe, None)
 
 
