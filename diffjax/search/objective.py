@@ -23,7 +23,13 @@ from diffjax.solvers.runge_kutta import Heun
 
 
 class Objective(Protocol):
-    """target: what the samples are compared with, computed once. score: () -> lower is better."""
+    """What a search makes small.
+
+    check: raises ValueError where grids like `times` have nothing to do with it. target: what the
+    samples are compared with, computed once. score: (), lower is better.
+    """
+
+    def check(self, times: Array) -> None: ...
 
     def target(
         self, keys: Key, denoise: DenoiseFn, process: Process, x: PyTree, final: Final
@@ -38,6 +44,16 @@ class FineSolution:
 
     times: Array
     solver: Solver = Heun()
+
+    def check(self, times: Array) -> None:
+        """Raises ValueError where the fine grid has other ends."""
+        for i, name in ((0, "first"), (-1, "last")):
+            own, other = float(self.times[i]), float(times[i])
+            if abs(own - other) > 1e-5 * max(abs(own), abs(other)):
+                raise ValueError(
+                    f"The fine grid's {name} time is {own} and the grid's {other}: solutions from "
+                    "and to other times cannot be compared. Build both with the same ends."
+                )
 
     def target(
         self, keys: Key, denoise: DenoiseFn, process: Process, x: PyTree, final: Final
@@ -63,6 +79,9 @@ class Statistic:
     """Eq. (2). function: samples -> (), lower is better; differentiable for `Gradient`."""
 
     function: Callable[[PyTree], Array] = static()
+
+    def check(self, times: Array) -> None:
+        """Any grid will do."""
 
     def target(
         self, keys: Key, denoise: DenoiseFn, process: Process, x: PyTree, final: Final

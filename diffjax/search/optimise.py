@@ -53,6 +53,12 @@ def optimise_schedule(
     times = jnp.asarray(times)
     check_solve(denoise, times, solver, process, final)
     checks.at_least("starts", shape[0], 1)
+    objective.check(times)
+    if abs(float(times[0]) - float(process.t_max)) > 1e-5 * float(process.t_max):
+        raise ValueError(
+            f"Starts are drawn from the prior at t_max = {process.t_max}, so the grid must begin "
+            f"there; got {times[0]}. Give the process that t_max."
+        )
     space = schedule_space(process, solver, times) if space is None else space
     held, answer = _argument(denoise), held_for(process)
     process = canonical(process)

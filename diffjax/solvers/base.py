@@ -100,6 +100,15 @@ class Final(Protocol):
     ) -> Any: ...
 
 
+def check_one_step(solver: Solver, state: Any, who: str) -> None:
+    """Raises ValueError where a solver's fresh state holds more than x: `who` would break it."""
+    if getattr(state, "_fields", None) != ("x",):
+        raise ValueError(
+            f"{type(solver).__name__} keeps a history, which {who} would break; use a one-step "
+            "solver (Heun(), DDIM(), RungeKutta(...))."
+        )
+
+
 def calls(
     solver: Solver, final: Final, intervals: int | Array, done: int | Array = 0
 ) -> int | Array:

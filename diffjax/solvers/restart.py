@@ -34,7 +34,7 @@ from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import between
-from diffjax.solvers.base import Final, Solver, ToEnd, calls
+from diffjax.solvers.base import Final, Solver, ToEnd, calls, check_one_step
 from diffjax.solvers.driver import Result, check_solve
 
 
@@ -123,11 +123,7 @@ def sample_with_restarts(
     path = restart_path(times, restarts)
     _check_path(path, times)
     state = solver.init(process, x, times[0])
-    if getattr(state, "_fields", None) != ("x",):
-        raise ValueError(
-            f"{type(solver).__name__} keeps a history, which a restart would break; use a one-step "
-            "solver (Heun(), DDIM(), RungeKutta(...))."
-        )
+    check_one_step(solver, state, "a restart")
 
     def body(state, i):
         step_keys = random.step_keys(keys, i)

@@ -44,7 +44,7 @@ from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import between, inverse_log_snr, log_snr, velocity
 from diffjax.solvers import tableaus
-from diffjax.solvers.base import Solver, XState
+from diffjax.solvers.base import Solver, XState, check_one_step
 from diffjax.solvers.euler import linear_step
 from diffjax.solvers.stages import run_stages, time_at
 from diffjax.solvers.tableaus import Tableau
@@ -282,7 +282,9 @@ class EDMChurn:
     stochastic = True
 
     def init(self, process: Process, x: PyTree, t: Array) -> Any:
-        return self.solver.init(process, x, t)
+        state = self.solver.init(process, x, t)
+        check_one_step(self.solver, state, "churn")
+        return state
 
     def _churn(self, keys: Key, process: Process, state: Any, t: Array) -> tuple[Any, Array]:
         """(state, t^) with noise added, eq. (2)."""

@@ -44,7 +44,7 @@ from diffjax.core.numerics import batch_size, expand, size_per_sample, sum_per_s
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
-from diffjax.solvers.base import Solver
+from diffjax.solvers.base import Solver, check_one_step
 
 
 class ShiftedState(NamedTuple):
@@ -103,7 +103,7 @@ class TimeShift:
         return getattr(self.solver, "predictor", self.solver)
 
     def init(self, process: Process, x: PyTree, t: Array) -> ShiftedState:
-        """Raises ValueError for a schedule per pixel."""
+        """Raises ValueError for a schedule per pixel or a solver with a history."""
         shape = process.coeffs(t).sigma.shape
         if shape != jnp.shape(t):
             raise ValueError(
@@ -112,6 +112,7 @@ class TimeShift:
             )
         batch = batch_size(x)
         inner = self.solver.init(process, x, jnp.broadcast_to(t, (batch,)))
+        check_one_step(self.solver, inner, "a shifted time")
         return ShiftedState(x, inner, jnp.zeros((batch,), bool))
 
     def step(

@@ -136,6 +136,16 @@ BAD = {
     "table 2d": (lambda: Tabulated.from_alphas_cumprod([[0.5]]), ValueError, r"got \(1, 1\)"),
     "table n": (lambda: Tabulated.ddpm(n=2.5), TypeError, "n must be an int; got 2.5"),
     "eta": (lambda: DDIM(eta=1.5), ValueError, r"eta must lie in \[0.0, 1.0\]; got 1.5"),
+    "churn around a history": (
+        lambda: solve(solver=EDMChurn(diffjax.solvers.DPMSolverPP(2), 1.0, 2.0)),
+        ValueError,
+        "keeps a history, which churn would break",
+    ),
+    "shift around a history": (
+        lambda: solve(solver=diffjax.solvers.TimeShift(diffjax.solvers.UniPC(2))),
+        ValueError,
+        "keeps a history, which a shifted time",
+    ),
     "ancestral": (lambda: Ancestral("medium"), ValueError, "'large', 'learned'; got 'medium'"),
     "churn": (lambda: EDMChurn(Heun(), -1.0, 5.0), ValueError, "s_churn must not be negative"),
     "churn bounds": (

@@ -48,7 +48,27 @@ def test_a_search_ends_with_a_table(tmp_path):
     with pytest.raises(ScheduleError, match="which DDIM does not take"):
         again.with_table(DDIM())
     with pytest.raises(ScheduleError, match="searched for the solver"):
-        again.check_fits(PROCESS, replace(solver, table=solver.table[::-1] + 0 * 1))
+        again.check_fits(PROCESS, replace(solver, table=(solver.table + 1) % 7))
+
+
+@pytest.mark.parametrize(
+    ("fine", "times", "match"),
+    [
+        (grids.log_snr(PROCESS, 100, t_max=0.9), TIMES, "fine grid's first time"),
+        (grids.log_snr(PROCESS, 100, t_max=0.9), TIMES.at[0].set(0.9), "prior at t_max"),
+    ],
+)
+def test_grids_that_cannot_be_compared(fine, times, match):
+    with pytest.raises(ValueError, match=match):
+        search.optimise_schedule(
+            jax.random.key(0),
+            mixture(DIM).denoiser(PROCESS),
+            PROCESS,
+            shape=(2, DIM),
+            solver=DDIM(),
+            times=times,
+            objective=search.FineSolution(fine),
+        )
 
 
 def test_the_gradient_refuses_integers():
