@@ -41,8 +41,8 @@ def pytest_terminal_summary(terminalreporter):
         for report in reports:
             if hasattr(report, "duration") and hasattr(report, "nodeid"):
                 seconds[report.nodeid.split("::")[0]] += report.duration
-    terminalreporter.section("slowest 20 files")
-    for name, total in seconds.most_common(20):
+    terminalreporter.section("slowest 60 files")
+    for name, total in seconds.most_common(60):
         terminalreporter.write_line(f"{total:7.1f}s {name}")
 
 
@@ -70,7 +70,7 @@ def bounded_memory():
     """Drops compiled programs every few files: they are gigabytes in the end."""
     yield
     FILES.append(None)
-    if len(FILES) % 12 == 0:
+    if len(FILES) % 40 == 0:
         jax.clear_caches()
 
 

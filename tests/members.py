@@ -180,13 +180,13 @@ class SolverMember(NamedTuple):
 
 
 SOLVERS = [
-    SolverMember("euler", Euler(), order=1),
+    SolverMember("euler", Euler(), order=1, variant=True),
     SolverMember("heun", Heun(), order=2),
     SolverMember("ddim", DDIM(), order=1),
     SolverMember("ddim_eta", DDIM(eta=0.5), weak_order=1, edges=(DDIM(eta=0.0), DDIM(eta=1.0))),
     SolverMember("ancestral_small", Ancestral("small"), weak_order=1),
     SolverMember("ancestral_large", Ancestral("large"), weak_order=1, variant=True),
-    SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1),
+    SolverMember("reverse_diffusion", ReverseDiffusion(), weak_order=1, variant=True),
     SolverMember("euler_maruyama", EulerMaruyama(), weak_order=1, rates=True),
     SolverMember(
         "euler_maruyama_flow",
@@ -226,7 +226,9 @@ SOLVERS = [
     SolverMember("bdia_ddim", BDIADDIM(0.9), order=1),
     SolverMember("bdia_edm", BDIAEDM(), order=2, variant=True),
     SolverMember(
-        "annealed_langevin", PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2))
+        "annealed_langevin",
+        PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2)),
+        variant=True,
     ),
     SolverMember("unipc", UniPC(3, n_steps=float(N)), order=3),
     SolverMember(
@@ -237,7 +239,7 @@ SOLVERS = [
         variant=True,
     ),
     SolverMember("dpm_3", DPMSolver(3), order=3, scalar=True),
-    SolverMember("plms", PLMS(), order=2),
+    SolverMember("plms", PLMS(), order=2, variant=True),
 ]
 
 SOLVERS += [

@@ -169,6 +169,7 @@ def test_a_class_conditional_model_uses_its_labels():
     assert not jnp.allclose(losses[1:], same[1:])
 
 
+@pytest.mark.slow
 def test_dropout_and_flips_act_in_training_only():
     config = small(dropout=0.5)
     config.data.random_flip = True

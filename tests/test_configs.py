@@ -35,11 +35,9 @@ DIT = {"dit/imagenet256_xl2": 32, "dit/imagenet512_xl2": 64, "sit/imagenet256_xl
 
 # One for each distinct family of networks, loss and process (the digits are trained elsewhere, and
 # NCSN is NCSNv2's RefineNet with other norms); the others are slow tests, as are EDM's networks with
-# their augmentation, a minute to compile, and SiT, which is DiT with another loss.
+# their augmentation, a minute to compile, SiT, which is DiT with another loss, and sub-VP.
 DISTINCT = [
     "vp/cifar10_ddpmpp",
-    "vp/ddpm/cifar10_continuous",
-    "subvp/cifar10_ddpmpp_continuous",
     "ve/cifar10_ncsnpp_continuous",
     "ve/ncsnv2/cifar10",
     "dit/imagenet256_xl2",

@@ -33,7 +33,12 @@ def check_controllable(printed):
 CHECKS = {"tour": check_tour, "controllable": check_controllable}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    # One by default: a notebook is half a minute.
+    [pytest.param(s, marks=() if s.stem == "tour" else pytest.mark.slow) for s in SCRIPTS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(script, tmp_path):
     environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": ""}
     run = subprocess.run(

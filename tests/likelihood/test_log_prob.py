@@ -1,5 +1,7 @@
 """Log-densities by the probability flow against exact ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,7 @@ def law(key, oracle, process, x, divergence, controller):
 
 
 with_terminal = jax.jit(law)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def points(oracle, dtype):
@@ -66,7 +69,7 @@ def test_exact_density_in_float64(x64, key, process):
     np.testing.assert_allclose(got.value, want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("process", [VP(), SubVP(), VE()], ids=BY_NAME["ids"])
+@pytest.mark.parametrize("process", [VP(), slow(SubVP()), slow(VE())], ids=BY_NAME["ids"])
 def test_exact_density_in_float32(key, process):
     oracle = mixture(2)
     x = points(oracle, jnp.float32)
@@ -115,7 +118,7 @@ def test_latent_and_prior_mismatch(x64, key, process):
 
 
 @pytest.mark.parametrize(
-    ("process", "want"), [(VP(), -0.0012), (SubVP(), -0.0012), (VE(), -0.0041)]
+    ("process", "want"), [slow(VP(), -0.0012), slow(SubVP(), -0.0012), (VE(), -0.0041)]
 )
 def test_published_mismatch(x64, key, process, want):
     """N(0.3, 0.25^2) at 0.45 with the default prior, found with the reference code.

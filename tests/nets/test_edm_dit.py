@@ -284,6 +284,7 @@ def test_remat_changes_nothing(name):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_result_in_float32(made):
     net, params, apply, _, inputs = made
     low = net.clone(dtype=jnp.bfloat16)
@@ -294,6 +295,7 @@ def test_bfloat16_keeps_parameters_and_result_in_float32(made):
     assert 1e-4 < gap < 0.03
 
 
+@pytest.mark.slow
 def test_float64_where_asked_for(x64):
     x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float64)
     label = jax.ShapeDtypeStruct((), jnp.float32)

@@ -139,6 +139,7 @@ def test_one_label_for_all_and_vmap(made):
     np.testing.assert_allclose(mapped, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_derivatives_agree(made):
     net, params, _, _ = made
     x, label = batch(size=4)
@@ -186,6 +187,7 @@ def step(net, params, x, label):
     return jax.jit(jax.grad(loss)).lower(params).compile()
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_nothing():
     options = {"ch_mult": (1,), "num_res_blocks": 3, "attn_resolutions": (), "dropout": 0.2}
     x, label = batch(size=8)

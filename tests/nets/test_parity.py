@@ -49,7 +49,7 @@ def name(case):
     return "-".join(str(value) for value in case.values())
 
 
-@pytest.mark.parametrize("case", list(grid(0))[::3], ids=name)
+@pytest.mark.parametrize("case", list(grid(0))[::8], ids=name)
 def test_blocks_and_pyramids(case):
     compare(**case)
 

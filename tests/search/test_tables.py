@@ -37,7 +37,7 @@ def find(seed, solver, method, **space):
 
 def test_a_search_ends_with_a_table(tmp_path):
     """Every entry is a choice; the file brings back the same solver; others refuse it."""
-    method = search.Evolution(population=6, generations=1, parents=2)
+    method = search.Evolution(population=3, generations=1, parents=1)
     found = find(0, unified([0]), method)
     assert found.table["table"].shape == (STEPS,)
     found.save(tmp_path / "table.json")
