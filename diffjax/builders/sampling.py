@@ -271,10 +271,10 @@ def with_tolerances(
 
 def _with_schedule(plan: Sampling, process: processes.Process, schedule: Schedule) -> Sampling:
     """The plan along a schedule. Raises BuildError where it does not fit."""
-    if plan.adaptive:
+    if isinstance(plan.solver, solvers.AdaptiveFlow):
         raise BuildError("A schedule is a grid, and an adaptive solver chooses its own steps.")
     try:
-        solver = schedule.with_table(plan.solver)  # type: ignore[arg-type]  # not adaptive
+        solver = schedule.with_table(plan.solver)
         schedule.check_fits(process, solver)
     except ScheduleError as error:
         raise BuildError(str(error)) from error

@@ -55,6 +55,16 @@ def combine(*terms: tuple[Any, PyTree]) -> PyTree:
     return jax.tree.map(add, *trees)
 
 
+def select(condition: Array, a: PyTree, b: PyTree) -> PyTree:
+    """a where the condition holds, else b, leaf by leaf. condition: () or (B,) bool."""
+
+    def choose(a, b):
+        aligned = condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim))
+        return jnp.where(aligned, a, b)
+
+    return jax.tree.map(choose, a, b)
+
+
 def safe_sqrt(x: Array) -> Array:
     """sqrt(max(x, 0)) whose derivative at and below 0 is 0 instead of infinite or NaN."""
     positive = x > 0

@@ -43,12 +43,12 @@ from diffjax.core.pytree import pytree, replace, taken
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.inverse.operators import LinearOperator, projection
 from diffjax.processes.base import Process
-from diffjax.solvers.base import Solver
+from diffjax.solvers.base import Around, Solver
 from diffjax.solvers.corrector import Corrector
 
 
 @pytree
-class Replace:
+class Replace(Around):
     """A solver that keeps to a measurement, eqs. (1) and (2); itself a solver.
 
     solver: of a grid; the calls of the denoiser stay the solver's. operator: A. y: A x0 of each
@@ -72,14 +72,6 @@ class Replace:
                 f"part is put back; {type(self.solver).__name__} chooses its own. Use a solver of "
                 "a grid, such as Heun() or a PredictorCorrector."
             )
-
-    @property
-    def stages(self) -> int:
-        return self.solver.stages
-
-    @property
-    def final_stages(self) -> int:
-        return self.solver.final_stages
 
     @property
     def settle_stages(self) -> int:

@@ -75,8 +75,7 @@ class Schedule:
         """The solver with the schedule's table. Raises ScheduleError where it takes none."""
         if self.table is None:
             return solver
-        fields = {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
-        if not self.table.keys() <= fields:
+        if not self.table.keys() <= getattr(solver, "__dataclass_fields__", {}).keys():
             raise ScheduleError(
                 f"The schedule has a table of {', '.join(self.table)}, which "
                 f"{type(solver).__name__} does not take; use the solver that it was searched for, "

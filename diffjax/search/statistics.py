@@ -15,6 +15,7 @@ Reference: Zheng et al., "DPM-Solver-v3: Improved Diffusion ODE Solver with Empi
 Statistics", 2023, https://arxiv.org/abs/2310.13268, section 3.1 and appendix C.
 """
 
+import functools
 import io
 import os
 import zipfile
@@ -116,21 +117,20 @@ def _regression(
     along = velocity(process, denoise(x, t), t)
     f, change = jax.jvp(f_of, (x, t), (along, jnp.ones_like(t)))
     change = combine((1 / rate, change))
-
     alpha = process.coeffs(t).alpha
 
-    def fit(f, change, x):
-        mean = lambda values: jnp.mean(values, axis=0, keepdims=True)  # noqa: E731
-        centred, slope = f - mean(f), change - mean(change)
+    def slope_of(f, change, x):
+        mean = functools.partial(jnp.mean, axis=0, keepdims=True)
+        centred = f - mean(f)
         variance = mean(centred**2)
         # Below the rounding of its terms, which are as large as x/alpha, f does not vary.
         rounding = jnp.finfo(f.dtype).eps / alpha.astype(f.dtype)
         enough = variance > 1e4 * rounding**2 * mean(x**2)
-        s = jnp.where(enough, mean(centred * slope) / jnp.where(enough, variance, 1), 0)
-        return s[0], (mean(change) - s * mean(f))[0]
+        covariance = mean(centred * (change - mean(change)))
+        return jnp.where(enough, covariance / jnp.where(enough, variance, 1), 0)[0]
 
-    s = jax.tree.map(lambda *parts: fit(*parts)[0], f, change, x)
-    b = jax.tree.map(lambda *parts: fit(*parts)[1], f, change, x)
+    s = jax.tree.map(slope_of, f, change, x)
+    b = jax.tree.map(lambda s, f, change: jnp.mean(change, 0) - s * jnp.mean(f, 0), s, f, change)
     return s, b
 
 

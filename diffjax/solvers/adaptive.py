@@ -51,6 +51,7 @@ from diffjax.core.numerics import (
     batch_size,
     combine,
     scale,
+    select,
     size_per_sample,
     sum_per_sample,
 )
@@ -218,9 +219,6 @@ def advance(
     factor = jnp.where(at.after_rejection | reject, held, factor)
     h_next = jnp.where(running, h * factor, at.h)
 
-    def select(mask, new, old):
-        return jax.tree.map(lambda a, b: jnp.where(_align(mask, a), a, b), new, old)
-
     memory = select(accept, trial.memory, at.memory)
     if trial.memory_if_rejected is not at.memory:
         memory = select(reject, trial.memory_if_rejected, memory)
@@ -258,7 +256,7 @@ def run(
 def landed(end: Progress, t1: Array, controller: PIController) -> tuple[PyTree, Array]:
     """(y, NaN for samples that were given up; whether each arrived (B,))."""
     arrived = end.t == t1
-    y = jax.tree.map(lambda leaf: jnp.where(_align(arrived, leaf), leaf, jnp.nan), end.y)
+    y = select(arrived, end.y, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), end.y))
     return (y if controller.bounded else forward_only(y, NO_REVERSE)), arrived
 
 
@@ -398,8 +396,3 @@ def _largest_rms(tree: PyTree) -> Array:
         sum_per_sample(jnp.square(leaf)) / size_per_sample(leaf) for leaf in jax.tree.leaves(tree)
     ]
     return jnp.sqrt(jnp.max(jnp.stack(squares), axis=0))
-
-
-def _align(mask: Array, leaf: Array) -> Array:
-    """A mask (B,) aligned with a leaf (B, ...)."""
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - 1))

@@ -74,6 +74,24 @@ class Solver(Protocol):
     ) -> Any: ...
 
 
+class Around:
+    """What a solver around another one, `solver`, takes from it."""
+
+    solver: Solver
+
+    @property
+    def stages(self) -> int:
+        return self.solver.stages
+
+    @property
+    def final_stages(self) -> int:
+        return self.solver.final_stages
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver.stochastic
+
+
 class Final(Protocol):
     """How a solve ends; see the module's docstring.
 

@@ -39,13 +39,14 @@ References:
 [2] Its code, https://github.com/guoqiang-zhang-x/BDIA.
 """
 
+import abc
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks
-from diffjax.core.numerics import combine, expand
+from diffjax.core.numerics import combine, select
 from diffjax.core.pytree import pytree
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
@@ -69,7 +70,7 @@ def turned(state: PairState, t: Array) -> PairState:
     return PairState(state.previous, state.x, jnp.broadcast_to(t, state.t_previous.shape))
 
 
-class _TwoStep:
+class _TwoStep(abc.ABC):
     """Eqs. (1) and (2) around `_leap`, which gives D in z_s = w z_r + D.
 
     Times are taken in the dtype of x, so that a step and its inverse see the same ones.
@@ -83,6 +84,7 @@ class _TwoStep:
         checks.positive("gamma", self.gamma)
         checks.in_range("gamma", self.gamma, 0.0, 1.0)
 
+    @abc.abstractmethod
     def _leap(
         self,
         denoise: DenoiseFn,
@@ -93,7 +95,6 @@ class _TwoStep:
         last: bool,
     ) -> PyTree:
         """D, like x. times: r, t, s. last: whether nothing may be asked at s."""
-        raise NotImplementedError
 
     def init(self, process: Process, x: PyTree, t: Array) -> PairState:
         return PairState(x, x, jnp.asarray(t, jnp.result_type(*jax.tree.leaves(x))))
@@ -129,7 +130,7 @@ class _TwoStep:
         weight, x = self._weight(t, s), state.previous
         moved = self._leap(denoise, process, x, (r, t, s), weight, last=False)
         older = combine((1 / weight, state.x), (-1 / weight, moved))
-        return PairState(x, _select(r == t, x, older), r)
+        return PairState(x, select(r == t, x, older), r)
 
     def _weight(self, t: Array, s: Array) -> Array:
         gamma = jnp.asarray(self.gamma, t.dtype)
@@ -195,7 +196,7 @@ class BDIAEDM(_TwoStep):
             asked = jnp.where(clean, t, u)
             h = asked - t
             slope = velocity(process, denoise(combine((one, x), (h, v)), asked), asked)
-            return _select(clean, straight(u), combine((h / 2, v), (h / 2, slope)))
+            return select(clean, straight(u), combine((h / 2, v), (h / 2, slope)))
 
         there = straight(s) if last else heun(s)
         return combine((one, there), (-weight, heun(r)), (1 - weight, x))
@@ -205,11 +206,6 @@ def _is_clean(process: Process, t: Array) -> Array:
     """Whether sigma is 0 at t in every element; shaped like t."""
     sigma = process.coeffs(t).sigma
     return jnp.all(sigma == 0, axis=tuple(range(t.ndim, sigma.ndim)))
-
-
-def _select(condition: Array, a: PyTree, b: PyTree) -> PyTree:
-    """a where the condition, () or (B,), holds, else b."""
-    return jax.tree.map(lambda a, b: jnp.where(expand(condition, a) != 0, a, b), a, b)
 
 
 def invert(

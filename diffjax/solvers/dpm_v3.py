@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.core import checks
-from diffjax.core.numerics import expand
+from diffjax.core.numerics import combine, expand, scale, select
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
 from diffjax.processes.base import Process
@@ -116,14 +116,13 @@ def _rule() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nodes (Q,) and weights (Q,) on [0, 1], and the integrals from 0 to each node, (Q, Q)."""
     points, weights = np.polynomial.legendre.leggauss(_NODES)
     nodes = (points + 1) / 2
-    powers = np.arange(_NODES)
     to_coefficients = np.linalg.inv(np.polynomial.legendre.legvander(points, _NODES - 1))
     inner = np.stack(
         [
             np.polynomial.legendre.legval(
                 points, np.polynomial.legendre.legint(np.eye(_NODES)[k], lbnd=-1)
             )
-            for k in powers
+            for k in range(_NODES)
         ],
         axis=1,
     )
@@ -242,13 +241,13 @@ class DPMSolverV3:
         levels = log_snr(process, jnp.stack([jnp.asarray(t), jnp.asarray(s)])) / 2
         lam, h = (a.astype(own.lam.dtype) for a in (levels[0], levels[1] - levels[0]))
         x, new = self._corrected(process, own, state, denoise(state.x, t).eps, t, lam)
-        y = jax.tree.map(lambda leaf: leaf / process.coeffs(t).alpha.astype(leaf.dtype), x)
+        y = scale(1 / process.coeffs(t).alpha, x)
         found = integrals(own, lam, h, self.order)
         valid = jnp.arange(1, self.order) < self._order(state.done)
         past = state.g[: self.order - 1]
         nodes = (state.lam[: self.order - 1] - lam) / h
         y_s = _led(y, found, new, past, nodes, valid)
-        x_s = jax.tree.map(lambda leaf: process.coeffs(s).alpha.astype(leaf.dtype) * leaf, y_s)
+        x_s = scale(process.coeffs(s).alpha, y_s)
         kept = (new, *state.g)[: self.order]
         carried = tuple(_carried(found, g) for g in kept)
         seen = jnp.concatenate([lam[None], state.lam])[: self.order]
@@ -262,18 +261,14 @@ class DPMSolverV3:
         own = self._own(state.x)
         lam = (log_snr(process, jnp.asarray(t)) / 2).astype(own.lam.dtype)
         x, _ = self._corrected(process, own, state, prediction.eps, t, lam)
+        change = jax.tree.map(jnp.subtract, x, state.x)
         # f is kept where x is corrected: sigma eps moves by l times as much, alpha x0 by the rest.
+        by_eps = jax.tree.map(lambda ell, leaf: ell * leaf, own.at(lam[None])[0], change)
+        by_x0 = jax.tree.map(jnp.subtract, change, by_eps)
         alpha, _, sigma = process.coeffs(t)
-
-        def moved(x0, eps, x, old, ell):
-            change = x - old
-            x0 = x0 + (1 - ell[0][None]) * change / alpha.astype(x.dtype)
-            return x0, eps + ell[0][None] * change / sigma.astype(x.dtype)
-
-        ell = own.at(lam[None])[0]
-        trees = (prediction.x0, prediction.eps, x, state.x, ell)
-        x0 = jax.tree.map(lambda *parts: moved(*parts)[0], *trees)
-        eps = jax.tree.map(lambda *parts: moved(*parts)[1], *trees)
+        one = jnp.ones_like(alpha)
+        x0 = combine((one, prediction.x0), (1 / alpha, by_x0))
+        eps = combine((one, prediction.eps), (1 / sigma, by_eps))
         return state._replace(x=linear_step(process, Prediction(x0, eps), s))
 
     def _corrected(
@@ -301,7 +296,10 @@ class DPMSolverV3:
         # Back at the last step's start all g are what they were there.
         step = state.step
         safe = jax.tree.map(lambda leaf: jnp.where(begun, leaf, 1), step.growth)
-        back = lambda g: jax.tree.map(lambda a, e, d: a / e[None] - d[None], g, safe, step.drift)  # noqa: E731
+
+        def back(g: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, e, d: a / e[None] - d[None], g, safe, step.drift)
+
         base, past = back(state.g[0]), tuple(back(g) for g in state.g[1 : self.order])
         start = state.lam[0]
         gap = jnp.where(begun, lam - start, 1)
@@ -311,8 +309,7 @@ class DPMSolverV3:
         order = self._order(jnp.maximum(state.done - 1, 0))
         valid = (jnp.arange(self.order) < order) & begun
         y = _led(state.start, step, base, (back(f), *past), nodes, valid)
-        x = jax.tree.map(lambda y, x: jnp.where(begun, alpha.astype(x.dtype) * y, x), y, state.x)
-        return x, f
+        return select(begun, scale(alpha, y), state.x), f
 
 
 def _led(

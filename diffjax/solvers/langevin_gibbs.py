@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks, random
-from diffjax.core.numerics import at_least_float32, batch_size, combine, expand, safe_sqrt
+from diffjax.core.numerics import at_least_float32, batch_size, combine, safe_sqrt, select
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
@@ -155,7 +155,7 @@ def sample_chain(
         x, t, best, low = carry
         x, t = chain.move(random.step_keys(keys, i), denoise, process, x, t)
         better = t < low if chain.pick == "lowest" else jnp.ones_like(t, bool)
-        best = jax.tree.map(lambda a, b: jnp.where(expand(better, a) != 0, a, b), x, best)
+        best = select(better, x, best)
         return (x, t, best, jnp.where(better, t, low)), None
 
     def one(carry, i):

@@ -124,7 +124,7 @@ def small_step(problem: Problem, x: PyTree, size: Array | float) -> Array:
 class EmbeddedRungeKutta:
     """A tableau on the probability flow, eq. (1) or (2).
 
-    The first step costs two calls, each attempt `tableau.stages`. clock: the variable of the steps;
+    The first step costs two calls, each attempt `tableau.stages`. variable: of the steps;
     the solution is the same.
     """
 

@@ -237,10 +237,13 @@ def sample_many(
     loop made, about sum(nfe)/batch and the tail.
     """
     checks.at_least("n", n, 1)
-    if (shape is None) == (draw is None):
-        raise ValueError("Give either shape=, of one sample, or draw=, which makes them from keys.")
     keys = random.sample_keys(key, n)
-    x = prior(keys, process, (n, *shape)) if draw is None else draw(keys)  # type: ignore[misc]
+    if draw is not None and shape is None:
+        x = draw(keys)
+    elif shape is not None and draw is None:
+        x = prior(keys, process, (n, *shape))
+    else:
+        raise ValueError("Give either shape=, of one sample, or draw=, which makes them from keys.")
     return solve_adaptive(
         keys,
         denoise,

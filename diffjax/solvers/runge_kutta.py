@@ -44,7 +44,7 @@ from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import between, inverse_log_snr, log_snr, velocity
 from diffjax.solvers import tableaus
-from diffjax.solvers.base import Solver, XState, check_one_step
+from diffjax.solvers.base import Around, Solver, XState, check_one_step
 from diffjax.solvers.euler import linear_step
 from diffjax.solvers.stages import run_stages, time_at
 from diffjax.solvers.tableaus import Tableau
@@ -251,7 +251,7 @@ def DormandPrince(variable: Variable = InTime()) -> RungeKutta:
 
 
 @pytree
-class EDMChurn:
+class EDMChurn(Around):
     """EDM's stochasticity around any one-step solver, eq. (2).
 
     n_steps: the grid's number of intervals, over which s_churn is spread. s_min, s_max: bounds on
@@ -270,14 +270,6 @@ class EDMChurn:
         checks.positive("n_steps", self.n_steps)
         checks.positive("s_noise", self.s_noise)
         checks.less("s_min", self.s_min, "s_max", self.s_max)
-
-    @property
-    def stages(self) -> int:
-        return self.solver.stages
-
-    @property
-    def final_stages(self) -> int:
-        return self.solver.final_stages
 
     stochastic = True
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffjax.core.numerics import select
 from diffjax.core.types import Array, PyTree
 from diffjax.solvers.adaptive import Progress
 
@@ -95,7 +96,7 @@ def _refill(state: _Slots) -> _Slots:
     index = jnp.where(filled, following, state.whose)
     return _Slots(
         table,
-        _select(filled, _rows(table, index), state.slots),
+        select(filled, _rows(table, index), state.slots),
         index,
         state.given + jnp.sum(filled, dtype=jnp.int32),
         state.rounds,
@@ -104,10 +105,3 @@ def _refill(state: _Slots) -> _Slots:
 
 def _rows(table: Progress, index: Array) -> Progress:
     return jax.tree.map(lambda leaf: leaf[index], table)
-
-
-def _select(mask: Array, new: Progress, old: Progress) -> Progress:
-    def choose(a, b):
-        return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)

@@ -34,7 +34,7 @@ References:
     https://github.com/Mingxiao-Li/TS-DPM.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,13 @@ from diffjax.core.numerics import batch_size, expand, size_per_sample, sum_per_s
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
-from diffjax.solvers.base import Solver, check_one_step
+from diffjax.solvers.base import Around, Solver, XState, check_one_step
 
 
 class ShiftedState(NamedTuple):
-    """x, the inner solver's state, and (B,) whether a step lies behind."""
+    """x, and (B,) whether a step lies behind."""
 
     x: PyTree
-    inner: Any
     moved: Array
 
 
@@ -64,7 +63,7 @@ def variance_per_sample(x: PyTree) -> Array:
 
 
 @pytree
-class TimeShift:
+class TimeShift(Around):
     """A one-step solver whose steps start at the time of eq. (2).
 
     solver: any that steps from t to s and has no history (DDIM, Euler, Heun, Ancestral). window: w,
@@ -86,18 +85,6 @@ class TimeShift:
         checks.at_least("candidates", self.candidates, 1)
 
     @property
-    def stages(self) -> int:
-        return self.solver.stages
-
-    @property
-    def final_stages(self) -> int:
-        return self.solver.final_stages
-
-    @property
-    def stochastic(self) -> bool:
-        return self.solver.stochastic
-
-    @property
     def predictor(self) -> Solver:
         """The part whose last step may leave its noise out."""
         return getattr(self.solver, "predictor", self.solver)
@@ -113,7 +100,7 @@ class TimeShift:
         batch = batch_size(x)
         inner = self.solver.init(process, x, jnp.broadcast_to(t, (batch,)))
         check_one_step(self.solver, inner, "a shifted time")
-        return ShiftedState(x, inner, jnp.zeros((batch,), bool))
+        return ShiftedState(inner.x, jnp.zeros((batch,), bool))
 
     def step(
         self,
@@ -141,9 +128,8 @@ class TimeShift:
 
     def _at_shifted(self, advance, keys, denoise, process, state, t, s):
         start = jnp.where(state.moved, self.shifted(process, state.x, t, s), t)
-        inner = state.inner._replace(x=state.x)
-        inner = advance(keys, denoise, process, inner, start, s)
-        return ShiftedState(inner.x, inner, jnp.ones_like(state.moved))
+        inner = advance(keys, denoise, process, XState(state.x), start, s)
+        return ShiftedState(inner.x, jnp.ones_like(state.moved))
 
     def shifted(self, process: Process, x: PyTree, t: Array, s: Array) -> Array:
         """t' of eq. (2), (B,), on t's side of the middle of s and t; t at or below the cut-off.
