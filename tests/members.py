@@ -164,7 +164,9 @@ class SolverMember(NamedTuple):
     distribution. rates: needs a finite g^2 at the first time. scalar: needs coefficients of t's
     shape. coupled: samples depend on their neighbours, by its own declaration. shaped: bound to
     samples of D numbers. edges: the solver with other numbers, at which a careless root or quotient
-    breaks. variant: another form of a member beside it, held to the laws in the slow lane.
+    breaks. variant: another form of a member beside it, held to the laws in the slow lane. copies:
+    of the network in a program: one in the steps and one in the last interval, whatever the stages;
+    a predictor and a corrector have their own.
     """
 
     name: str
@@ -177,6 +179,7 @@ class SolverMember(NamedTuple):
     shaped: bool = False
     edges: tuple[Any, ...] = ()
     variant: bool = False
+    copies: int = 2
 
 
 SOLVERS = [
@@ -208,12 +211,14 @@ SOLVERS = [
         "predictor_corrector",
         PredictorCorrector(ReverseDiffusion(), Langevin(0.1)),
         scalar=True,
+        copies=4,
     ),
     SolverMember(
         "predictor_corrector_batch",
         PredictorCorrector(ReverseDiffusion(), Langevin(0.1, coupling="batch")),
         scalar=True,
         coupled=True,
+        copies=4,
     ),
     SolverMember(
         "predictor_corrector_paper",
@@ -222,13 +227,15 @@ SOLVERS = [
         ),
         scalar=True,
         variant=True,
+        copies=3,
     ),
     SolverMember("bdia_ddim", BDIADDIM(0.9), order=1),
-    SolverMember("bdia_edm", BDIAEDM(), order=2, variant=True),
+    SolverMember("bdia_edm", BDIAEDM(), order=2, variant=True, copies=5),
     SolverMember(
         "annealed_langevin",
         PredictorCorrector(NoPredictor(), AnnealedLangevin(0.3, n_steps=2)),
         variant=True,
+        copies=3,
     ),
     SolverMember("unipc", UniPC(3, n_steps=float(N)), order=3),
     SolverMember(
@@ -275,6 +282,7 @@ SOLVERS += [
         scalar=True,
         shaped=True,
         variant=True,
+        copies=4,
     ),
 ]
 

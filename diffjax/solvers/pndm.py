@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks
-from diffjax.core.numerics import combine
+from diffjax.core.numerics import combine, select
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Prediction, PyTree
 from diffjax.processes.base import Process
@@ -70,14 +70,18 @@ class PNDM:
         self, keys: Key, denoise: DenoiseFn, process: Process, state: History, t: Array, s: Array
     ) -> History:
         """Eq. (2) or (3) on the first steps, then eq. (1)."""
+        starting = state.done < self.first
+        first, change = self._stages(denoise, process, state.x, t, s, starting)
 
-        def begin(state: History) -> History:
-            return self._begin(denoise, process, state, t, s)
+        def begin() -> History:
+            new = as_like(first.eps, state.x)
+            x = as_like(_transfer(process, first, change, t, s), state.x)
+            return remembered(state, new, t)._replace(x=x)
 
-        def go_on(state: History) -> History:
-            return self._linear().step(keys, denoise, process, state, t, s)
+        def go_on() -> History:
+            return self._linear().step(keys, lambda x, time: first, process, state, t, s)
 
-        return jax.lax.cond(state.done < self.first, begin, go_on, state)
+        return jax.lax.cond(starting, begin, go_on)
 
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: History, t: Array, s: Array
@@ -88,33 +92,46 @@ class PNDM:
     def _linear(self) -> Multistep:
         return Multistep(self.order, "eps", "step", lower_order_final=False)
 
-    def _begin(
-        self, denoise: DenoiseFn, process: Process, state: History, t: Array, s: Array
-    ) -> History:
-        first = denoise(state.x, t)
-        new = as_like(first.eps, state.x)
+    def _stages(
+        self,
+        denoise: DenoiseFn,
+        process: Process,
+        x: PyTree,
+        t: Array,
+        s: Array,
+        starting: Array,
+    ) -> tuple[Prediction, PyTree]:
+        """The prediction at t, and for a start what its mean e adds to e_1: eqs. (2), (3).
 
-        def change(x: PyTree, time: Array) -> PyTree:
-            """e(x, time) - e_1."""
-            return jax.tree.map(jnp.subtract, as_like(denoise(x, time).eps, state.x), new)
-
+        A scan over the stages, so that a program holds one copy of the network. Outside of the
+        start only the first one calls.
+        """
+        middle = (t + s) / 2
         if self.start == "trapezoid":
-            ahead = change(_transfer(process, first, None, t, s), s)
-            mean = jax.tree.map(lambda b: b / 2, ahead)
+            times, weights = jnp.stack([t, s]), jnp.asarray([0, 1 / 2])
         else:
-            middle = (t + s) / 2
-            second = change(_transfer(process, first, None, t, middle), middle)
-            third = change(_transfer(process, first, second, t, middle), middle)
-            fourth = change(_transfer(process, first, third, t, s), s)
-            mean = jax.tree.map(lambda b, c, d: (2 * b + 2 * c + d) / 6, second, third, fourth)
-        x = as_like(_transfer(process, first, mean, t, s), state.x)
-        return remembered(state, new, t)._replace(x=x)
+            times, weights = jnp.stack([t, middle, middle, s]), jnp.asarray([0, 2, 2, 1]) / 6
+        zeros = jax.tree.map(jnp.zeros_like, x)
+
+        def ask(carry, i):
+            first, change, mean = carry
+            ahead = select(i == 0, x, as_like(_transfer(process, first, change, t, times[i]), x))
+            found = denoise(ahead, times[i])
+            found = Prediction(as_like(found.x0, x), as_like(found.eps, x))
+            first = select(i == 0, found, first)
+            change = jax.tree.map(jnp.subtract, found.eps, first.eps)
+            return first, change, combine((1, mean), (weights[i], change))
+
+        def stage(carry, i):
+            return jax.lax.cond((i == 0) | starting, ask, lambda carry, i: carry, carry, i), None
+
+        start = (Prediction(zeros, zeros), zeros, zeros)
+        (first, _, mean), _ = jax.lax.scan(stage, start, jnp.arange(len(times)))
+        return first, mean
 
 
-def _transfer(
-    process: Process, first: Prediction, change: PyTree | None, t: Array, s: Array
-) -> PyTree:
+def _transfer(process: Process, first: Prediction, change: PyTree, t: Array, s: Array) -> PyTree:
     """phi(x_t, e_1 + change, t, s), like x."""
     moved = exponential.move(process, "eps", t, s)
     terms = [(moved.reached.alpha, first.x0), (moved.kept, first.eps)]
-    return combine(*terms) if change is None else combine(*terms, (moved.pull, change))
+    return combine(*terms, (moved.pull, change))

@@ -46,36 +46,8 @@ from diffjax.processes.calculus import between, inverse_log_snr, log_snr, veloci
 from diffjax.solvers import tableaus
 from diffjax.solvers.base import Around, Solver, XState, check_one_step
 from diffjax.solvers.euler import linear_step
-from diffjax.solvers.stages import run_stages, time_at
+from diffjax.solvers.stages import linear, run_stages, time_at
 from diffjax.solvers.tableaus import Tableau
-
-
-@pytree
-class Heun:
-    """Heun's method in t, eq. (1): order 2."""
-
-    stages = 2
-    final_stages = 1
-    stochastic = False
-
-    def init(self, process: Process, x: PyTree, t: Array) -> XState:
-        return XState(x)
-
-    def step(
-        self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
-    ) -> XState:
-        """Eq. (1)."""
-        one, h = jnp.ones_like(t), s - t
-        first = velocity(process, denoise(state.x, t), t)
-        ahead = combine((one, state.x), (h, first))
-        second = velocity(process, denoise(ahead, s), s)
-        return XState(combine((one, state.x), (h / 2, first), (h / 2, second)))
-
-    def finish(
-        self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
-    ) -> XState:
-        """The exact linear step: no evaluation at s."""
-        return XState(linear_step(process, denoise(state.x, t), s))
 
 
 class Variable(Protocol):
@@ -221,13 +193,19 @@ class RungeKutta:
         def slope(x, time):
             return variable.slope(process, denoise(x, time), time)
 
-        return XState(run_stages(slope, state.x, jnp.stack(times[:-1]), kept, weights))
+        point = linear(state.x, kept, weights)
+        return XState(run_stages(slope, state.x, jnp.stack(times[:-1]), point))
 
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
         """The exact linear step: no evaluation at s."""
         return XState(linear_step(process, denoise(state.x, t), s))
+
+
+def Heun(variable: Variable = InTime()) -> RungeKutta:
+    """Heun's method, order 2 with 2 calls a step: eq. (1) in t, EDM's deterministic sampler."""
+    return RungeKutta(tableaus.HEUN, variable)
 
 
 def Midpoint(variable: Variable = InTime()) -> RungeKutta:

@@ -64,7 +64,7 @@ from diffjax.processes.calculus import between, log_snr
 from diffjax.solvers.base import XState
 from diffjax.solvers.euler import landed
 from diffjax.solvers.runge_kutta import require_signal
-from diffjax.solvers.stages import run_stages, time_at
+from diffjax.solvers.stages import linear, run_stages, time_at
 
 
 class Hold(NamedTuple):
@@ -148,7 +148,8 @@ class SEEDS:
 
         kept = jnp.stack([h.kept for h in holds])
         noise = self._noise(keys, process, state.x, times)
-        return XState(run_stages(evaluate, state.x, jnp.stack(times[:-1]), kept, weights, noise))
+        point = linear(state.x, kept, weights, noise)
+        return XState(run_stages(evaluate, state.x, jnp.stack(times[:-1]), point))
 
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
@@ -171,7 +172,7 @@ class SEEDS:
     def _rows(
         self, process: Process, t: Array, s: Array, nodes: list[Number], pulls: list[Array]
     ) -> list[list[Array]]:
-        """w_ij of `run_stages`: q shared between the first value of P and the latest, eq. (4)."""
+        """w_ij of `linear`: q shared between the first value of P and the latest, eq. (4)."""
         h = log_snr(process, s) - log_snr(process, t)
         rate = h if self.prediction == "x0" else -h / 2
         rows = []

@@ -22,6 +22,7 @@ grid here: n intervals cost (n - 1) p + 1 calls.
 References: [1] and [2] of `diffjax.solvers.exponential`; algorithms 1 and 2 of [1], 1 of [2].
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -30,14 +31,14 @@ import jax.numpy as jnp
 from diffjax.core import checks
 from diffjax.core.numerics import combine
 from diffjax.core.pytree import pytree, static
-from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import inverse_log_snr, log_snr
 from diffjax.solvers import exponential
 from diffjax.solvers.base import XState
 from diffjax.solvers.euler import linear_step
 from diffjax.solvers.exponential import Kind
-from diffjax.solvers.multistep import extrapolated
+from diffjax.solvers.stages import run_stages
 
 
 @pytree
@@ -88,24 +89,25 @@ class SingleStep:
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
     ) -> XState:
         """Eqs. (1) to (3)."""
-        first = denoise(state.x, t)
-        if self.order == 1:
-            return XState(linear_step(process, first, s))
+        shares = self._shares()
         start, end = log_snr(process, t), log_snr(process, s)
-        shares: tuple[Number, ...] = ()
-        seen: tuple[PyTree, ...] = ()
-        base = extrapolated(self.prediction, first)
-        for share in self._shares():
-            between = inverse_log_snr(process, start + share * (end - start))
-            x = self._reach(process, first, shares, seen, t, between, share, "exact")
-            met = extrapolated(self.prediction, denoise(x, between))
-            shares, seen = (*shares, share), (*seen, jax.tree.map(jnp.subtract, met, base))
-        if self.variant == "midpoint":
-            shares, seen = shares[-1:], seen[-1:]
-        slope: exponential.Slope = (
-            "b2" if self.variant == "midpoint" and self.order == 2 else "exact"
-        )
-        return XState(self._reach(process, first, shares, seen, t, s, 1.0, slope))
+        times = [t, *(inverse_log_snr(process, start + r * (end - start)) for r in shares), s]
+        reaches = [self._reach(process, times, i, (*shares, 1.0)) for i in range(self.order)]
+        linear, rotated, pulls = (jnp.stack(parts) for parts in zip(*reaches, strict=True))
+
+        def evaluate(x: PyTree, time: Array) -> tuple[PyTree, PyTree]:
+            prediction = denoise(x, time)
+            return prediction.x0, prediction.eps
+
+        def point(i: Array | int, seen: Sequence[tuple[PyTree, PyTree]]) -> PyTree:
+            x0, eps = seen[0]
+            base, *later = (pair[0 if self.prediction == "x0" else 1] for pair in seen)
+            changes = (jax.tree.map(jnp.subtract, m, base) for m in later)
+            more = ((pulls[i, j], change) for j, change in enumerate(changes))
+            return combine((linear[i], x0), (rotated[i], eps), *more)
+
+        both = (state.x, state.x)
+        return XState(run_stages(evaluate, state.x, jnp.stack(times[:-1]), point, both))
 
     def finish(
         self, keys: Key, denoise: DenoiseFn, process: Process, state: XState, t: Array, s: Array
@@ -121,24 +123,25 @@ class SingleStep:
         return (first, 2 / 3 if self.r2 is None else self.r2) if self.order == 3 else ()
 
     def _reach(
-        self,
-        process: Process,
-        first: Prediction,
-        shares: tuple[Number, ...],
-        seen: tuple[PyTree, ...],
-        t: Array,
-        s: Array,
-        share: Number,
-        slope: exponential.Slope,
-    ) -> PyTree:
-        """x at s, which lies at `share`, from the differences m - m_t seen at `shares`."""
+        self, process: Process, times: list[Array], i: int, shares: tuple[Number, ...]
+    ) -> tuple[Array, Array, Array]:
+        """The numbers of stage i, which leads from times[0] to times[i + 1] at shares[i].
+
+        The factors of the first x0 and eps, and of m_rj - m_t for every node, (order - 1, ...);
+        zero for those not seen or not used.
+        """
+        t, s = times[0], times[i + 1]
         moved = exponential.move(process, self.prediction, t, s)
-        terms = [(moved.reached.alpha, first.x0), (moved.kept, first.eps)]
-        if shares:
-            count = len(shares)
-            taus = jnp.stack([jnp.full_like(moved.pull, r / share) for r in shares])
+        last = i == self.order - 1
+        first = i - 1 if last and self.variant == "midpoint" and i > 0 else 0
+        pulls = [jnp.zeros_like(moved.pull)] * (self.order - 1)
+        if i > 0:
+            count = i - first
+            taus = jnp.stack([jnp.full_like(moved.pull, r / shares[i]) for r in shares[first:i]])
             totals = exponential.integrals(process, self.prediction, "lambda", moved, t, s, count)
             valid = jnp.ones((count,), bool)
-            found = exponential.weights(taus, valid, moved, totals, slope=slope)
-            terms += [(found[j], seen[j]) for j in range(count)]
-        return combine(*terms)
+            half = self.variant == "midpoint" and self.order == 2
+            slope: exponential.Slope = "b2" if half else "exact"
+            pulls[first:i] = list(exponential.weights(taus, valid, moved, totals, slope=slope))
+        stacked = jnp.stack(pulls) if pulls else jnp.zeros((0, *moved.pull.shape))
+        return moved.reached.alpha, moved.kept, stacked

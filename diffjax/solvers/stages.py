@@ -1,46 +1,45 @@
 """The stages of a one-step method over a grid, as one scan.
 
 Symbols: x_0 = x_t the state at the start of a step, x_{S} = x_s at its end, k_i what the denoiser
-gives at stage i (a slope, or a prediction), m_i, w_ij numbers of the method, n_i a given noise.
+gives at stage i (a slope, or a prediction), P_i the method's rule for the next point.
 
-    k_i = evaluate(x_i, t_i),   x_{i+1} = m_i x_0 + sum_{j <= i} w_ij k_j + n_i,  i = 0 .. S-1   (1)
+    k_i = evaluate(x_i, t_i),   x_{i+1} = P_i(k_0, .., k_i),   i = 0 .. S-1                      (1)
+
+For most methods, with numbers m_i, w_ij and a given noise n_i,
+
+    P_i(k) = m_i x_0 + sum_{j <= i} w_ij k_j + n_i                                               (2)
 
 A scan, so that a program holds one copy of the network and not one a stage: compiling it is what a
 solve waits for first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.numerics import combine
+from diffjax.core.numerics import combine, select
 from diffjax.core.types import Array, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import inverse_log_snr
+
+Point = Callable[[Array | int, Sequence[PyTree]], PyTree]
 
 
 def run_stages(
     evaluate: Callable[[PyTree, Array], PyTree],
     x: PyTree,
     times: Array,
-    kept: Array,
-    weights: Array,
-    noise: PyTree | None = None,
+    point: Point,
+    like: PyTree | None = None,
 ) -> PyTree:
     """x_S of eq. (1), like x.
 
-    evaluate: (x_i, t_i) -> k_i like x. times: t_i, (S, ...). kept: m_i, (S, ...). weights: w_ij
-    with zeros for j > i, (S, S, ...). Their further axes are those of a step's time, () or (B,).
-    noise: n_i, like x with a leading axis of length S, or None.
+    evaluate: (x_i, t_i) -> k_i. times: t_i, (S, ...). point: (i, k) -> x_{i+1}, where i may be
+    traced, k has S entries and those with j > i are zeros. like: a tree of k_i's structure, shapes
+    and dtypes; x's by default.
     """
-    stages = weights.shape[0]
-
-    def point(i, ks):
-        terms = [(kept[i], x), *((weights[i, j], k) for j, k in enumerate(ks))]
-        ahead = combine(*terms)
-        return ahead if noise is None else jax.tree.map(lambda a, n: a + n[i], ahead, noise)
-
+    stages = times.shape[0]
     if stages == 1:
         return point(0, [evaluate(x, times[0])])
 
@@ -48,15 +47,27 @@ def run_stages(
         ks, now = carry
         k = evaluate(now, times[i])
         ks = [
-            jax.tree.map(
-                lambda new, old, j=j: jnp.where(i == j, new.astype(old.dtype), old), k, old
-            )
+            select(i == j, jax.tree.map(lambda a, b: a.astype(b.dtype), k, old), old)
             for j, old in enumerate(ks)
         ]
         return (ks, point(i, ks)), None
 
-    start = ([jax.tree.map(jnp.zeros_like, x)] * stages, x)
-    return jax.lax.scan(stage, start, jnp.arange(stages))[0][1]
+    empty = jax.tree.map(jnp.zeros_like, x if like is None else like)
+    return jax.lax.scan(stage, ([empty] * stages, x), jnp.arange(stages))[0][1]
+
+
+def linear(x: PyTree, kept: Array, weights: Array, noise: PyTree | None = None) -> Point:
+    """The rule of eq. (2).
+
+    kept: m_i, (S, ...). weights: w_ij with zeros for j > i, (S, S, ...). Their further axes are
+    those of a step's time, () or (B,). noise: n_i, like x with a leading axis of length S, or None.
+    """
+
+    def point(i, ks):
+        ahead = combine((kept[i], x), *((weights[i, j], k) for j, k in enumerate(ks)))
+        return ahead if noise is None else jax.tree.map(lambda a, n: a + n[i], ahead, noise)
+
+    return point
 
 
 def time_at(process: Process, lam: Array, t: Array, s: Array) -> Array:

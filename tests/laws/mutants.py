@@ -132,6 +132,16 @@ class AsksForTheValue(_OneCall):
 
 
 @pytree
+class SecondCall(_OneCall):
+    """Calls the network for a second stage, which it throws away, beside the first."""
+
+    def step(self, keys, denoise, process, state, t, s):
+        denoise(state.x, s)
+        z = random.normal_like(keys, "noise", state.x)
+        return _ancestral(denoise, process, state, t, s, z)
+
+
+@pytree
 class FirstLeafOnly(_OneCall):
     """Takes x for one array: the other leaves of a tree never move."""
 

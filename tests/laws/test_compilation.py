@@ -34,6 +34,14 @@ def numbers_never_retrace(pair):
         assert cases.DRAW._cache_size() == programs, "a new program was compiled"
 
 
+def a_program_holds_few_networks(pair, copies=2):
+    """Stages are a loop: compiling the network is what a first solve waits for."""
+    before = len(cases.TRACES)
+    run = jax.jit(lambda key, x: cases.draw(pair, x, key, run=sample))
+    run.trace(cases.keys(), cases.start(pair))
+    assert len(cases.TRACES) - before == copies
+
+
 def _shifted(tree, i):
     """The tree with other numbers; integers stay, as a table's."""
 
@@ -70,9 +78,18 @@ def test_numbers_never_retrace(pair):
     numbers_never_retrace(pair)
 
 
+@pytest.mark.parametrize("member", members.SOLVERS, ids=members.ids)
+def test_a_program_holds_few_networks(member):
+    a_program_holds_few_networks(members.Pair(member, members.PROCESSES[0]), member.copies)
+
+
 @pytest.mark.parametrize(
     ("law", "mutant"),
-    [(jit_is_eager, mutants.AsksForTheValue()), (numbers_never_retrace, mutants.StaticEta())],
+    [
+        (jit_is_eager, mutants.AsksForTheValue()),
+        (numbers_never_retrace, mutants.StaticEta()),
+        (a_program_holds_few_networks, mutants.SecondCall()),
+    ],
 )
 def test_mutants_are_caught(law, mutant):
     with pytest.raises(AssertionError):
