@@ -112,4 +112,6 @@ def numbers(name: str, text: str) -> list[int]:
         found += range(int(first), int(last) + 1) if dash else [int(first)]
     if not found:
         raise RunError(f"--{name} names no number; got {text!r}.")
+    if max(found) >= 2**32:
+        raise RunError(f"--{name} takes numbers below 2**32; got {max(found)}.")
     return found

@@ -34,6 +34,11 @@ class DenoiseFn(Protocol):
     def __call__(self, x_t: PyTree, t: Array, /) -> Prediction: ...
 
 
+def evaluations(denoise: DenoiseFn) -> int:
+    """How many networks one call asks: `denoise.evaluations` where a guide says so, else 1."""
+    return getattr(denoise, "evaluations", 1)
+
+
 class Coeffs(NamedTuple):
     """The forward law x_t = alpha x0 + beta y + sigma eps at some t; beta = 0 without an anchor y.
 

@@ -6,6 +6,7 @@ denoiser, so one compilation serves all its numbers:
     (x_t, t) -> Prediction       one stage of a solver, whatever it asks inside
     take(index)                  the same for some of the samples: per-sample leaves live in `cond`
     check_times(times)           raises where a grid asks for a time that it cannot serve
+    evaluations                  how many networks a call asks; without it, one
 
 A guide that holds something for each sample (labels) has a `take` of its own.
 """

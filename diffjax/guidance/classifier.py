@@ -43,7 +43,7 @@ import jax.numpy as jnp
 from diffjax.core import checks
 from diffjax.core.numerics import combine, scale
 from diffjax.core.pytree import pytree, replace, static, taken
-from diffjax.core.types import Array, DenoiseFn, Number, Prediction, PyTree
+from diffjax.core.types import Array, DenoiseFn, Number, Prediction, PyTree, evaluations
 from diffjax.prediction.precondition import OfTime, Time, Unscaled
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import inverse_log_snr, log_snr
@@ -87,6 +87,11 @@ class ClassifierGuided:
         x0 = combine((one, prediction.x0), (self.scale * sigma**2 / alpha, g))
         eps = combine((one, prediction.eps), (-self.scale * sigma, g))
         return prediction._replace(x0=x0, eps=eps)
+
+    @property
+    def evaluations(self) -> int:
+        """Of networks in a call: the denoiser's and the classifier."""
+        return evaluations(self.denoise) + 1
 
     def take(self, index: Array) -> "ClassifierGuided":
         """The guided denoiser of the samples `index`, (k,)."""

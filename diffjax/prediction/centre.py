@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from diffjax.core.numerics import combine
 from diffjax.core.pytree import pytree, replace, taken
-from diffjax.core.types import Array, DenoiseFn, Prediction, PyTree
+from diffjax.core.types import Array, DenoiseFn, Prediction, PyTree, evaluations
 from diffjax.prediction import kinds
 from diffjax.prediction.wrap import Denoiser
 from diffjax.processes.base import Process
@@ -39,6 +39,11 @@ class _Around:
     """A denoiser around another one."""
 
     denoise: Any
+
+    @property
+    def evaluations(self) -> int:
+        """Of networks in a call."""
+        return evaluations(self.denoise)
 
     def check_times(self, times: Array) -> None:
         """What the denoiser inside checks, if it does."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from diffjax.core import checks
 from diffjax.core.numerics import combine
 from diffjax.core.pytree import pytree, replace, static, taken
-from diffjax.core.types import Array, Prediction, PyTree
+from diffjax.core.types import Array, Prediction, PyTree, evaluations
 from diffjax.processes.base import Process
 
 Held = Literal["eps", "x0"]
@@ -66,6 +66,11 @@ class Aligned:
             return Prediction(found.x0, eps, found.extras)
         x0 = combine((1 / at.alpha, x_t), (-at.sigma / at.alpha, found.eps))
         return Prediction(x0, found.eps, found.extras)
+
+    @property
+    def evaluations(self) -> int:
+        """Of networks in a call."""
+        return evaluations(self.denoise)
 
     def take(self, index: Array) -> "Aligned":
         """The denoiser of the samples `index`, (k,)."""

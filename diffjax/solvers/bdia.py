@@ -52,7 +52,7 @@ from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import velocity
 from diffjax.solvers.base import Keep
-from diffjax.solvers.driver import Result, sample
+from diffjax.solvers.driver import Result, result, sample
 from diffjax.solvers.euler import linear_step
 
 
@@ -234,7 +234,7 @@ def invert(
     solver.check_inverse(times, state.t_previous.dtype, max_error)
     start = turned(state, times[-1])
     if times.shape[0] == 2:
-        return Result(start.x, start, 0, None)
+        return result(denoise, start, 0)
     back = times[-2::-1]
     key = jax.random.key(0)  # nothing is drawn
     return sample(

@@ -36,7 +36,7 @@ from jax.experimental import checkify
 
 from diffjax.core import checks, random
 from diffjax.core.numerics import at_least_float32, batch_size
-from diffjax.core.types import Array, DenoiseFn, Key, PyTree
+from diffjax.core.types import Array, DenoiseFn, Key, PyTree, evaluations
 from diffjax.processes.base import Process
 from diffjax.solvers.base import Final, Solver, ToEnd, calls
 
@@ -47,13 +47,19 @@ class Result(NamedTuple):
     x: the samples, like the input. state: the solver's whole final state. nfe: calls of the
     denoiser, an int, a traced int32 where `n_steps` is traced, or (B,) from `solve_adaptive`.
     saved: `save` of the state after each interval, stacked along a new leading axis of length n, or
-    None.
+    None. evaluations: of networks, like nfe: a guided denoiser asks more than one a call.
     """
 
     x: PyTree
     state: Any
     nfe: int | Array
     saved: PyTree
+    evaluations: int | Array
+
+
+def result(denoise: DenoiseFn, state: Any, nfe: int | Array, saved: PyTree = None) -> Result:
+    """What a solve returns that ended in `state` after `nfe` calls of `denoise`."""
+    return Result(state.x, state, nfe, saved, nfe * evaluations(denoise))
 
 
 def sample(
@@ -132,7 +138,7 @@ def sample(
             save(state),
         )
     nfe = calls(solver, final, intervals - padding, before)
-    return Result(state.x, state, nfe, saved)
+    return result(denoise, state, nfe, saved)
 
 
 def _checkpointed_scan(

@@ -124,7 +124,9 @@ def teleport(process: Process, x: PyTree, t: Number, s: Number, data: GaussianDa
     def ratio(variance: Array) -> Array:
         after = jnp.hypot(at_s.alpha * jnp.sqrt(variance), at_s.sigma)
         before = jnp.hypot(at_t.alpha * jnp.sqrt(variance), at_t.sigma)
-        return (after / before).astype(variance.dtype)
+        # Both are 0 in a direction without data at sigma_t = 0: there is nothing to stretch.
+        flat = before == 0
+        return jnp.where(flat, 1, after / jnp.where(flat, 1, before)).astype(variance.dtype)
 
     mean = jax.tree.map(lambda m, leaf: m[None].astype(leaf.dtype), data.mean, x)
     centred = jax.tree.map(lambda leaf, m: leaf - expand(at_t.alpha, leaf) * m, x, mean)

@@ -44,7 +44,7 @@ from diffjax.processes.base import Process
 from diffjax.processes.calculus import prior
 from diffjax.solvers.adaptive import PIController, Progress, Trial, advance, begin, landed, run
 from diffjax.solvers.base import Final, Tweedie
-from diffjax.solvers.driver import Result
+from diffjax.solvers.driver import Result, result
 from diffjax.solvers.methods import AdaptiveMethod, EmbeddedRungeKutta, Problem
 from diffjax.solvers.slots import in_chunks, run_in_slots
 from diffjax.solvers.tableaus import DORMAND_PRINCE, Tableau
@@ -156,7 +156,7 @@ def solve_adaptive(
         return final.end(flow, own_keys, flight.of(index).denoise, process, own, t0, t1).x
 
     state = state._replace(x=flight.everywhere(finish))
-    return Result(state.x, state, nfe + final.evaluations(flow), None)
+    return result(denoise, state, nfe + final.evaluations(flow))
 
 
 class _Flight(NamedTuple):

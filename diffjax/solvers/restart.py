@@ -35,7 +35,7 @@ from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
 from diffjax.processes.calculus import between
 from diffjax.solvers.base import Final, Solver, ToEnd, calls, check_one_step
-from diffjax.solvers.driver import Result, check_solve
+from diffjax.solvers.driver import Result, check_solve, result
 
 
 @pytree
@@ -135,7 +135,7 @@ def sample_with_restarts(
     state, _ = jax.lax.scan(body, state, jnp.arange(count if final.steps else count - 1))
     last = random.step_keys(keys, count - 1)
     state = final.end(solver, last, denoise, process, state, times[-2], times[-1])
-    return Result(state.x, state, calls(solver, final, count), None)
+    return result(denoise, state, calls(solver, final, count))
 
 
 def _raise(process: Process, keys: Key, state: Any, at: Path) -> Any:

@@ -35,7 +35,7 @@ from diffjax.core.numerics import at_least_float32, batch_size
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.processes.base import Process
 from diffjax.solvers.base import Final, Solver, ToEnd, calls
-from diffjax.solvers.driver import Result, check_solve
+from diffjax.solvers.driver import Result, check_solve, result
 
 
 class Reversible(Solver, Protocol):
@@ -86,8 +86,7 @@ def sample_reversible(
         state = _solve((denoise, process, solver), state, times[: stepped + 1])
     last_keys = random.step_keys(keys, intervals - 1)
     state = final.end(solver, last_keys, denoise, process, state, times[-2], times[-1])
-    nfe = calls(solver, final, intervals)
-    return Result(state.x, state, nfe, None)
+    return result(denoise, state, calls(solver, final, intervals))
 
 
 def _solve(parts: tuple[DenoiseFn, Process, Reversible], state: Any, times: Array) -> Any:

@@ -155,3 +155,5 @@ def test_numbers_read_ranges():
     for text in ("", "a", "3-", "-2"):
         with pytest.raises(RunError, match="--seeds takes numbers"):
             numbers("seeds", text)
+    with pytest.raises(RunError, match=r"below 2\*\*32; got 4294967296"):
+        numbers("seeds", "0,4294967296")

@@ -25,6 +25,7 @@ from diffjax.prediction.precondition import NoiseLevel, UnitVariance
 from diffjax.processes import EDM, VE, VP, RectifiedFlow, prior
 from diffjax.solvers import Ancestral, Heun, ToEnd, grids, sample
 from tests.oracles import Gaussian, Mixture, mixture
+from tests.solvers.helpers import Counter
 
 MIXTURE = mixture(dim=2)
 K, B = 3, 12
@@ -137,6 +138,18 @@ def test_samples_are_the_classs(solver):
     spread = (np.asarray(found).std(0) / std - 1) * np.sqrt(2 * n)
     assert np.abs(scores).max() < 4, scores
     assert np.abs(spread).max() < 4, spread
+
+
+def test_evaluations_count_both_networks():
+    """Against run-time counts of the denoiser's calls and of the classifier's."""
+    process = VP()
+    denoise = Counter(MIXTURE.denoiser(process))
+    classify = Counter(ExactClassifier(MIXTURE, process))
+    guided = ClassifierGuidance(classify, process, LABELS)(denoise)
+    x, times = points(process, 1.0), grids.uniform(process, 3)
+    found = sample(jax.random.key(0), guided, x, times, solver=Heun(), process=process)
+    ran = denoise.read()
+    assert (found.nfe, found.evaluations) == (ran, ran + classify.read()) == (5, 10)
 
 
 # --- a classifier of another process ----------------------------------------------------------

@@ -49,6 +49,19 @@ def test_it_is_the_flow_of_a_gaussian(name):
         np.testing.assert_allclose(teleport(process, x, t, s, diagonal), exact, rtol=1e-10)
 
 
+def test_it_starts_from_clean_data():
+    """From sigma = 0, where no direction but the data's holds anything, and back."""
+    process, t = EDM(), jnp.asarray(3.0)
+    vectors, variances, _ = covariance(6, 2, rest=0.0)
+    mean, along = standard_normal(3, 6), standard_normal(4, (5, 2))
+    data = GaussianDirections(mean, vectors, jnp.asarray(variances))
+    clean = jnp.asarray(mean + along @ vectors)
+    noisy = teleport(process, clean, 0.0, t, data)
+    spread = np.sqrt(1 + 3.0**2 / variances)
+    np.testing.assert_allclose(noisy, mean + (along * spread) @ vectors, rtol=1e-12)
+    np.testing.assert_allclose(teleport(process, noisy, t, 0.0, data), clean, rtol=1e-12)
+
+
 def test_a_rest_and_a_tree():
     """Low rank and one variance for the rest, on a tree, against the matrix's eigenvectors."""
     process, t, s = VP(), jnp.asarray(0.8), jnp.asarray(0.2)
