@@ -188,7 +188,7 @@ class DPMSolverV3:
         known = checks.concrete(coeffs.alpha)
         if known is not None and (known == 0).any():
             raise ValueError(
-                f"alpha = 0 at the grid's first time {t}, where eq. (1) has no y = x/alpha. Start "
+                f"alpha = 0 at the grid's noisy end {t}, where eq. (1) has no y = x/alpha. Start "
                 "below (t_max= of the grid)."
             )
         like = jax.tree.leaves(x)[0]

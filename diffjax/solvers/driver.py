@@ -108,6 +108,7 @@ def sample(
     segment = min(checkpoint or 1, max(stepped, 1))
     filling = -stepped % segment  # skipped like padding, so that all segments have one length
     before = 0 if state is None else getattr(state, "done", 0)
+    _check_noisy_end(solver, process, x, times)
     if state is None:
         state = solver.init(process, x, times[0])
 
@@ -199,6 +200,15 @@ def check_solve(
     final.check(solver, end_sigma, increasing)
     if hasattr(denoise, "check_times"):
         denoise.check_times(known[:-1])
+
+
+def _check_noisy_end(solver: Solver, process: Process, x: PyTree, times: Array) -> None:
+    """Raises what `init` does at the noisiest time: where none can start, none can arrive."""
+    known = checks.concrete(times)
+    if known is not None:
+        with jax.ensure_compile_time_eval():
+            like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+            solver.init(process, like, jnp.asarray(max(known[0], known[-1])))
 
 
 def _check_when_run(times: Array, n_steps: int | Array) -> None:

@@ -96,7 +96,7 @@ class EulerMaruyama:
         known = checks.concrete(rates(process, t).g2)
         if known is not None and not jnp.isfinite(known).all():
             raise ValueError(
-                f"g^2 is infinite at the grid's first time {t}, so the reverse SDE cannot start "
+                f"g^2 is infinite at the grid's noisy end {t}, so the reverse SDE cannot start "
                 "there. Start below (t_max= of the grid), or use Ancestral(), DDIM() or Heun()."
             )
         return XState(x)

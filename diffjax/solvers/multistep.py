@@ -146,7 +146,7 @@ class Multistep:
         loud = self.stochastic and self.prediction == "eps"
         if loud and known is not None and (known == 0).any():
             raise ValueError(
-                f"alpha = 0 at the grid's first time {t}, where the noise of the eps form is "
+                f"alpha = 0 at the grid's noisy end {t}, where the noise of the eps form is "
                 "infinite. Start below (t_max= of the grid), or use prediction='x0'."
             )
         dtype = jnp.result_type(*jax.tree.leaves(x))

@@ -80,7 +80,7 @@ class SingleStep:
         known = checks.concrete(process.coeffs(t).alpha)
         if self.order > 1 and known is not None and (known == 0).any():
             raise ValueError(
-                f"alpha = 0 at the grid's first time {t}, and no point lies between there and the "
+                f"alpha = 0 at the grid's noisy end {t}, and no point lies between there and the "
                 "next in log-SNR. Start below (t_max= of the grid), or use a multistep solver."
             )
         return XState(x)

@@ -35,25 +35,24 @@ def run_stages(
 ) -> PyTree:
     """x_S of eq. (1), like x.
 
-    evaluate: (x_i, t_i) -> k_i. times: t_i, (S, ...). point: (i, k) -> x_{i+1}, where i may be
-    traced, k has S entries and those with j > i are zeros. like: a tree of k_i's structure, shapes
-    and dtypes; x's by default.
+    evaluate: (x_i, t_i) -> k_i. times: t_i, (S, ...). point: (i, k) -> x_{i+1}; i may be traced, k
+    has S entries, and those with j > i are there to be multiplied by 0. like: a tree of k_i's
+    structure, shapes and dtypes; x's by default.
     """
     stages = times.shape[0]
     if stages == 1:
         return point(0, [evaluate(x, times[0])])
 
+    empty = jax.tree.map(jnp.zeros_like, x if like is None else like)
+
     def stage(carry, i):
         ks, now = carry
-        k = evaluate(now, times[i])
-        ks = [
-            select(i == j, jax.tree.map(lambda a, b: a.astype(b.dtype), k, old), old)
-            for j, old in enumerate(ks)
-        ]
-        return (ks, point(i, ks)), None
+        k = jax.tree.map(lambda a, b: a.astype(b.dtype), evaluate(now, times[i]), empty)
+        ks = [select(i == j, k, old) for j, old in enumerate(ks)]
+        return (ks, point(i, [*ks, k])), None
 
-    empty = jax.tree.map(jnp.zeros_like, x if like is None else like)
-    return jax.lax.scan(stage, ([empty] * stages, x), jnp.arange(stages))[0][1]
+    # The last one is used as soon as it is there, and not kept.
+    return jax.lax.scan(stage, ([empty] * (stages - 1), x), jnp.arange(stages))[0][1]
 
 
 def linear(x: PyTree, kept: Array, weights: Array, noise: PyTree | None = None) -> Point:

@@ -16,20 +16,24 @@ from diffjax.processes import EDM, VE, VP, RectifiedFlow
 from diffjax.solvers import (
     DDIM,
     Ancestral,
+    DPMSolver,
     EDMChurn,
     Euler,
     EulerMaruyama,
     Heun,
+    InLogSNR,
     Keep,
     Langevin,
     NoiselessPredictor,
     PredictorCorrector,
     ReverseDiffusion,
+    RungeKutta,
     ToEnd,
     Tweedie,
     grids,
     sample,
 )
+from diffjax.solvers.tableaus import MIDPOINT
 from diffjax.testing import checked, count_draws
 from tests.oracles import gaussian
 from tests.solvers.helpers import Counter, padded
@@ -270,7 +274,7 @@ BAD = {
     "tweedie at 0": ({"times": [1.0, 0.0], "final": Tweedie()}, r"use final=ToEnd\(\)"),
     "nothing to leave out": (
         {"times": [1.0, 0.1], "final": NoiselessPredictor(), "solver": Heun()},
-        r"Heun adds no noise.*final=Tweedie\(\)",
+        r"RungeKutta adds no noise.*final=Tweedie\(\)",
     ),
     "inversion with an end": ({"times": [0.1, 1.0]}, r"increases.*pass final=Keep\(\)"),
     "inversion with Tweedie": (
@@ -339,6 +343,18 @@ def test_refused_starts():
     ):
         solve_with(process=flow, denoise=make_denoiser(network, flow, kind="eps"))
     solve_with(process=flow, denoise=make_denoiser(network, flow, kind="velocity"))
+
+
+@pytest.mark.parametrize("solver", [DPMSolver(3), RungeKutta(MIDPOINT, InLogSNR())])
+def test_refused_ends(solver):
+    """An inversion to where the method cannot be, also under jit where the grid is known."""
+    process, times = RectifiedFlow(), jnp.linspace(0.1, 1.0, 4)
+    run = functools.partial(sample, solver=solver, process=process, final=Keep())
+    denoise = gaussian().denoiser(process)
+    with pytest.raises(ValueError, match="alpha.* 0 at the grid's noisy end 1.0"):
+        run(jax.random.key(0), denoise, start(), times)
+    with pytest.raises(ValueError, match="alpha.* 0 at the grid's noisy end 1.0"):
+        jax.jit(lambda x: run(jax.random.key(0), denoise, x, times))(start())
 
 
 def test_bad_fields():
