@@ -255,7 +255,7 @@ SOLVERS += [
     SolverMember("gddim", GDDIM(0.5), weak_order=1, edges=(GDDIM(0.0), GDDIM(1.0)), variant=True),
 ]
 SOLVERS += [
-    SolverMember("dpm_v3", DPMSolverV3(constant_statistics(0.7, -0.2), 2), order=2, scalar=True),
+    SolverMember("dpm_v3", DPMSolverV3(constant_statistics(0.7, -0.2), 2), order=3, scalar=True),
     SolverMember(
         "unified",
         Unified((DPMSolverPP(2), UniPC(2), DEIS(2)), jnp.asarray([0, 1, 2, 1, 0])),

@@ -118,9 +118,14 @@ class Final(Protocol):
     ) -> Any: ...
 
 
+def keeps_history(state: Any) -> bool:
+    """Whether a solver's state holds more than x."""
+    return getattr(state, "_fields", None) != ("x",)
+
+
 def check_one_step(solver: Solver, state: Any, who: str) -> None:
     """Raises ValueError where a solver's fresh state holds more than x: `who` would break it."""
-    if getattr(state, "_fields", None) != ("x",):
+    if keeps_history(state):
         raise ValueError(
             f"{type(solver).__name__} keeps a history, which {who} would break; use a one-step "
             "solver (Heun(), DDIM(), RungeKutta(...))."

@@ -204,6 +204,7 @@ NOT_PROMISED = {
     "bdia_ddim": ["round_trip"],  # its own inverse needs the whole state; rounding grows
     "bdia_edm": ["end"],  # its last step keeps the one before
     "unipc": ["order"],  # set to lower its order for grids of N intervals
+    "dpm_v3": ["end"],  # its corrector moves x0 too where the statistics are not the model's
     "time_shift": ["order", "uneven", "round_trip"],  # moves the network's times at any n
 }
 # Where the default grids are too coarse to see the order.

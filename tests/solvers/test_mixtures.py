@@ -54,7 +54,8 @@ class Elementwise:
 def scores(x):
     """How many standard errors each statistic is away from its exact value."""
     x = np.asarray(x, np.float64).ravel()
-    joint = WEIGHTS[:, None] * np.exp(-((x - MEANS[:, None]) ** 2) / (2 * DEVIATION**2))
+    logits = np.log(WEIGHTS)[:, None] - (x - MEANS[:, None]) ** 2 / (2 * DEVIATION**2)
+    joint = np.exp(logits - logits.max(0))  # far out too, where a mutant may lead
     inside = (joint / joint.sum(0) * (x - MEANS[:, None]) ** 2).sum(0) / DEVIATION**2
     mean = WEIGHTS @ MEANS
     exact = (mean, WEIGHTS @ MEANS**2 + DEVIATION**2, 1.0)
