@@ -5,7 +5,7 @@ NumPy scalars and concrete arrays. Tracers, `ShapeDtypeStruct`s and placeholders
 the same constructor works inside `jit`, `vmap` and `grad`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -19,6 +19,12 @@ def concrete(value: Any) -> np.ndarray | None:
     ):
         return None
     return np.asarray(value)
+
+
+def evaluated(function: Callable[..., Any], *arguments: Any) -> np.ndarray | None:
+    """What a function of known numbers gives, also inside `jit`; None where they are tracers."""
+    with jax.ensure_compile_time_eval():
+        return concrete(function(*arguments))
 
 
 def positive(name: str, value: Any) -> None:

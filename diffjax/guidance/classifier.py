@@ -102,8 +102,7 @@ class ClassifierGuided:
         """Raises ValueError for a time at which alpha = 0, and what the inner denoiser refuses."""
         if hasattr(self.denoise, "check_times"):
             self.denoise.check_times(times)
-        with jax.ensure_compile_time_eval():
-            alpha = checks.concrete(self.process.coeffs(jnp.asarray(times)).alpha)
+        alpha = checks.evaluated(lambda: self.process.coeffs(jnp.asarray(times)).alpha)
         if alpha is not None and (alpha == 0).any():
             raise ValueError(
                 "Classifier guidance needs alpha > 0 at every time, since it moves x0 by "

@@ -74,8 +74,9 @@ class Denoiser:
 
     def check_times(self, times: Array) -> None:
         """Raises ValueError if the output does not determine x0 and eps at one of `times`."""
-        with jax.ensure_compile_time_eval():
-            det = checks.concrete(kinds.determinant(self.kind, self.process, jnp.asarray(times)))
+        det = checks.evaluated(
+            lambda: kinds.determinant(self.kind, self.process, jnp.asarray(times))
+        )
         known = checks.concrete(times)
         if det is None or known is None:
             return

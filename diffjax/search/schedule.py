@@ -16,7 +16,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -160,8 +159,7 @@ def held_for(process: Process) -> Held:
 
     Raises ValueError inside `jit`, where the process's numbers are unknown.
     """
-    with jax.ensure_compile_time_eval():
-        alpha = checks.concrete(process.coeffs(jnp.asarray(process.t_max)).alpha)
+    alpha = checks.evaluated(lambda: process.coeffs(jnp.asarray(process.t_max)).alpha)
     if alpha is None:
         raise ValueError(
             "Inside jit it is unknown whether the process starts with alpha = 0: align the "

@@ -90,8 +90,7 @@ class AdaptiveSDE:
                 f"The reverse SDE runs towards the data only: t1 must be below t0; got {t0} and "
                 f"{t1}. To encode use EmbeddedRungeKutta()."
             )
-        with jax.ensure_compile_time_eval():
-            g2 = checks.concrete(rates(process, jnp.asarray(first, float)).g2)
+        g2 = checks.evaluated(lambda: rates(process, jnp.asarray(first, float)).g2)
         if g2 is not None and not (abs(g2) < float("inf")).all():
             raise ValueError(
                 f"g^2 is infinite at t0 = {t0}, so the reverse SDE cannot start there. Start "

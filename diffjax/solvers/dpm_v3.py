@@ -185,7 +185,7 @@ class DPMSolverV3:
                 "DPMSolverV3 needs one time and one log-SNR for all samples and elements; got "
                 f"coefficients of shape {coeffs.alpha.shape}. A schedule per pixel has none."
             )
-        known = checks.concrete(coeffs.alpha)
+        known = checks.evaluated(lambda: process.coeffs(t).alpha)
         if known is not None and (known == 0).any():
             raise ValueError(
                 f"alpha = 0 at the grid's noisy end {t}, where eq. (1) has no y = x/alpha. Start "

@@ -195,8 +195,7 @@ def check_solve(
             f"times must decrease strictly; got times[{i + 1}] = {known[i + 1]} after {known[i]}. "
             "Build it with diffjax.grids, or pass n_steps= if it is padded in front."
         )
-    with jax.ensure_compile_time_eval():
-        end_sigma = checks.concrete(process.coeffs(jnp.asarray(known[-1])).sigma)
+    end_sigma = checks.evaluated(lambda: process.coeffs(jnp.asarray(known[-1])).sigma)
     final.check(solver, end_sigma, increasing)
     if hasattr(denoise, "check_times"):
         denoise.check_times(known[:-1])
@@ -207,8 +206,8 @@ def _check_noisy_end(solver: Solver, process: Process, x: PyTree, times: Array) 
     known = checks.concrete(times)
     if known is not None:
         with jax.ensure_compile_time_eval():
-            like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-            solver.init(process, like, jnp.asarray(max(known[0], known[-1])))
+            noisy = jnp.asarray(max(known[0], known[-1]))
+        jax.eval_shape(lambda x: solver.init(process, x, noisy), x)
 
 
 def _check_when_run(times: Array, n_steps: int | Array) -> None:

@@ -23,6 +23,7 @@ References:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.core import checks, random
 from diffjax.core.numerics import combine, expand, safe_sqrt
@@ -93,8 +94,8 @@ class EulerMaruyama:
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         """Raises ValueError where g^2 is infinite at the start."""
-        known = checks.concrete(rates(process, t).g2)
-        if known is not None and not jnp.isfinite(known).all():
+        known = checks.evaluated(lambda: rates(process, t).g2)
+        if known is not None and not np.isfinite(known).all():
             raise ValueError(
                 f"g^2 is infinite at the grid's noisy end {t}, so the reverse SDE cannot start "
                 "there. Start below (t_max= of the grid), or use Ancestral(), DDIM() or Heun()."

@@ -49,7 +49,6 @@ References:
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -156,8 +155,7 @@ def _end(process: Process, end: Number | None) -> Number:
     if end is not None:
         checks.non_negative("end", end)
         return end
-    with jax.ensure_compile_time_eval():
-        sigma = checks.concrete(process.coeffs(jnp.asarray(0.0)).sigma)
+    sigma = checks.evaluated(lambda: process.coeffs(jnp.asarray(0.0)).sigma)
     if sigma is None:
         raise ValueError(
             "Inside jit it is unknown whether the process reaches sigma = 0 at t = 0; say where "

@@ -214,8 +214,7 @@ def grid_from(
 
 def _check_final(process: Process, solver: Solver, final: Final) -> None:
     end = 0.0 if not final.steps else process.t_min
-    with jax.ensure_compile_time_eval():
-        sigma = checks.concrete(process.coeffs(jnp.asarray(end, float)).sigma)
+    sigma = checks.evaluated(lambda: process.coeffs(jnp.asarray(end, float)).sigma)
     final.check(solver, sigma, False)
 
 

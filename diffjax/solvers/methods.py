@@ -98,8 +98,7 @@ def check_log_snr(name: str, process: Process, *times: Number) -> None:
     for t in times:
         if checks.concrete(t) is None:
             continue
-        with jax.ensure_compile_time_eval():
-            lam = checks.concrete(half_log_snr(process, jnp.asarray(t, float)))
+        lam = checks.evaluated(lambda t: half_log_snr(process, jnp.asarray(t, float)), t)
         if lam is not None and lam.ndim > 0:
             raise ValueError(
                 f"{name} steps in the log-SNR, and a schedule per pixel has no single one. Use "

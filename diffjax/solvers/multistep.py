@@ -142,7 +142,7 @@ class Multistep:
     def init(self, process: Process, x: PyTree, t: Array) -> History:
         """No history. Raises ValueError for noise in the eps form where alpha = 0."""
         coeffs = process.coeffs(t)
-        known = checks.concrete(coeffs.alpha)
+        known = checks.evaluated(lambda: process.coeffs(t).alpha)
         loud = self.stochastic and self.prediction == "eps"
         if loud and known is not None and (known == 0).any():
             raise ValueError(

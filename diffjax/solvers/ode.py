@@ -296,8 +296,7 @@ def check_flow(
                     f"velocity is finite; got {t}. To denoise at the end use final=Tweedie()."
                 )
     as_method(method).check(process, t0, t1)
-    with jax.ensure_compile_time_eval():
-        end_sigma = checks.concrete(process.coeffs(jnp.asarray(last, float)).sigma)
+    end_sigma = checks.evaluated(lambda: process.coeffs(jnp.asarray(last, float)).sigma)
     final.check(ProbabilityFlow(), end_sigma, bool((last > first).any()))
     if hasattr(denoise, "check_times"):
         denoise.check_times(jnp.stack([jnp.asarray(t, float) for t in (t0, t1)]))

@@ -138,7 +138,7 @@ class InLogSNR:
 
 def require_signal(process: Process, t: Array, what: str) -> None:
     """Raises ValueError where alpha = 0 at the grid's noisy end, if that is known."""
-    known = checks.concrete(process.coeffs(t).alpha)
+    known = checks.evaluated(lambda: process.coeffs(t).alpha)
     if known is not None and (known == 0).any():
         raise ValueError(
             f"{what} divides by alpha, which is 0 at the grid's noisy end {t}. Start below "

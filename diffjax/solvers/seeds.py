@@ -52,11 +52,10 @@ References:
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks, random
-from diffjax.core.numerics import combine, safe_sqrt, scale
+from diffjax.core.numerics import combine, safe_sqrt
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, DenoiseFn, Key, Number, PyTree
 from diffjax.processes.base import Process
@@ -147,8 +146,8 @@ class SEEDS:
             return getattr(denoise(x, time), self.prediction)
 
         kept = jnp.stack([h.kept for h in holds])
-        noise = self._noise(keys, process, state.x, times)
-        point = linear(state.x, kept, weights, noise)
+        draws = [random.normal_like(keys, f"seeds{i}", state.x) for i in range(self.stages)]
+        point = linear(state.x, kept, weights, draws, self._gains(process, times))
         return XState(run_stages(evaluate, state.x, jnp.stack(times[:-1]), point))
 
     def finish(
@@ -189,14 +188,18 @@ class SEEDS:
             rows.append(row)
         return rows
 
-    def _noise(self, keys: Key, process: Process, x: PyTree, times: list[Array]) -> PyTree:
-        """n of each stage and of the end, like x with a leading axis of length S."""
-        path: list[PyTree] = []
-        for i in range(self.stages):
-            move = hold(process, times[i], times[i + 1], self.prediction)
-            fresh = scale(move.spread, random.normal_like(keys, f"seeds{i}", x))
-            path.append(jax.tree.map(jnp.add, scale(move.kept, path[-1]), fresh) if path else fresh)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *path)
+    def _gains(self, process: Process, times: list[Array]) -> Array:
+        """v_ij of `linear`, (S, S, ...): one path through the stages, a new draw for each."""
+        moves = [
+            hold(process, t, s, self.prediction) for t, s in zip(times[:-1], times[1:], strict=True)
+        ]
+        rows: list[list[Array]] = []
+        for i, move in enumerate(moves):
+            before = rows[-1] if rows else [jnp.zeros_like(move.spread)] * self.stages
+            row = [move.kept * gain for gain in before]
+            row[i] = move.spread
+            rows.append(row)
+        return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def StochasticHeun(prediction: Literal["x0", "eps"] = "x0") -> SEEDS:

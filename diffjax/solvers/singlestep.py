@@ -77,7 +77,7 @@ class SingleStep:
 
     def init(self, process: Process, x: PyTree, t: Array) -> XState:
         """Raises ValueError where the log-SNR is infinite, unless the order is 1."""
-        known = checks.concrete(process.coeffs(t).alpha)
+        known = checks.evaluated(lambda: process.coeffs(t).alpha)
         if self.order > 1 and known is not None and (known == 0).any():
             raise ValueError(
                 f"alpha = 0 at the grid's noisy end {t}, and no point lies between there and the "

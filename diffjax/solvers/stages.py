@@ -5,9 +5,9 @@ gives at stage i (a slope, or a prediction), P_i the method's rule for the next 
 
     k_i = evaluate(x_i, t_i),   x_{i+1} = P_i(k_0, .., k_i),   i = 0 .. S-1                      (1)
 
-For most methods, with numbers m_i, w_ij and a given noise n_i,
+For most methods, with numbers m_i, w_ij, v_ij and draws z_j,
 
-    P_i(k) = m_i x_0 + sum_{j <= i} w_ij k_j + n_i                                               (2)
+    P_i(k) = m_i x_0 + sum_{j <= i} w_ij k_j + sum_j v_ij z_j                                    (2)
 
 A scan, so that a program holds one copy of the network and not one a stage: compiling it is what a
 solve waits for first.
@@ -55,16 +55,25 @@ def run_stages(
     return jax.lax.scan(stage, ([empty] * (stages - 1), x), jnp.arange(stages))[0][1]
 
 
-def linear(x: PyTree, kept: Array, weights: Array, noise: PyTree | None = None) -> Point:
+def linear(
+    x: PyTree,
+    kept: Array,
+    weights: Array,
+    draws: Sequence[PyTree] = (),
+    gains: Array | None = None,
+) -> Point:
     """The rule of eq. (2).
 
-    kept: m_i, (S, ...). weights: w_ij with zeros for j > i, (S, S, ...). Their further axes are
-    those of a step's time, () or (B,). noise: n_i, like x with a leading axis of length S, or None.
+    kept: m_i, (S, ...). weights: w_ij with zeros for j > i, (S, S, ...). draws: z_j, each like x.
+    gains: v_ij, (S, draws, ...), with draws only. The further axes are those of a step's time, ()
+    or (B,).
     """
 
     def point(i, ks):
-        ahead = combine((kept[i], x), *((weights[i, j], k) for j, k in enumerate(ks)))
-        return ahead if noise is None else jax.tree.map(lambda a, n: a + n[i], ahead, noise)
+        terms = [(kept[i], x), *((weights[i, j], k) for j, k in enumerate(ks))]
+        if gains is not None:
+            terms += [(gains[i, j], z) for j, z in enumerate(draws)]
+        return combine(*terms)
 
     return point
 

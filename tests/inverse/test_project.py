@@ -468,7 +468,7 @@ BAD = {
     "y's tree": (lambda: start(replacing(DDIM(), y={"a": Y})), "structure of A x"),
     "no noise to leave out": (
         lambda: NoiselessPredictor().check(replacing(Heun()), None, False),
-        "Heun adds no noise",
+        "RungeKutta adds no noise",
     ),
 }
 

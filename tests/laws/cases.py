@@ -5,6 +5,7 @@ it over `members.PAIRS`, and over a mutant (`mutants`) that it must catch.
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -46,6 +47,11 @@ class Mutated:
 # which contracts a * b + c into one rounding here and not there as the shape has it, so that what
 # is equal is equal in every bit; it also compiles faster.
 PLAIN = {"xla_backend_optimization_level": 0}
+# The older emitters, which the tests compile with for speed (conftest), still contract in loops.
+OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+EXACT = PLAIN | (
+    {"xla_cpu_use_fusion_emitters": True} if OLD_EMITTERS in os.environ["XLA_FLAGS"] else {}
+)
 DRAW = jax.jit(sample, static_argnames=("save",), compiler_options=PLAIN)
 
 

@@ -15,8 +15,6 @@ from numpy.polynomial import hermite_e
 from scipy.integrate import quad
 from scipy.interpolate import make_interp_spline
 
-from diffjax.core import random
-from diffjax.core.numerics import scale
 from diffjax.processes import VP, RectifiedFlow
 from diffjax.solvers import Ancestral, NoiselessPredictor, ToEnd, XState, grids, sample
 from diffjax.solvers.seeds import SEEDS, SEEDS2, SEEDS3, StochasticHeun, centroid, hold
@@ -114,20 +112,18 @@ def test_weak_order(case):
         assert order is None or abs(measured - order) < 0.2
 
 
-def fresh_noise(self, keys, process, x, times):
+def fresh_noise(self, process, times):
     """The mutation: right variances at every stage, and stages independent of each other."""
-    out = []
-    for i, time in enumerate(times[1:]):
-        move = hold(process, times[0], time, self.prediction)
-        out.append(scale(move.spread, random.normal_like(keys, f"seeds{i}", x)))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *out)
+    return jnp.diag(
+        jnp.stack([hold(process, times[0], s, self.prediction).spread for s in times[1:]])
+    )
 
 
 @pytest.mark.usefixtures("x64")
 def test_weak_order_finds_mutants():
     """Noise 3% off: no order. Noise that is not one path: order 1."""
     assert moment_orders(Mutant(SEEDS2("x0"), noise_scaled_by(1.03)), "vp")[1] < 0.5
-    with mock.patch.object(SEEDS, "_noise", fresh_noise):
+    with mock.patch.object(SEEDS, "_gains", fresh_noise):
         assert moment_orders(SEEDS3("eps"), "vp")[1] < 1.3
 
 
