@@ -89,7 +89,7 @@ MISTAKES = {
     ),
     "tolerance of a grid": (
         ["sample", "--workdir={run}", "--solver=heun", "--rtol=1e-3", "--out={tmp}"],
-        "rtol belong to an adaptive solver, and Heun steps along a grid",
+        "rtol belong to an adaptive solver, and RungeKutta steps along a grid",
     ),
     "tolerance out of range": (
         ["sample", "--workdir={run}", "--solver=ode", "--rtol=-1", "--out={tmp}"],
