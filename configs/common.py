@@ -31,10 +31,13 @@ def base() -> ConfigDict:
                 "warmup": 5000,
                 "grad_clip": 1.0,
                 "decay": "constant",
+                "moment_dtype": "float32",
             },
             "ema": {"name": "constant", "rate": 0.9999},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "training": {
                 "batch_size": 128,
+                "accumulate": 1,
                 "n_iters": 1_300_001,
                 "n_jitted_steps": 5,
                 "log_freq": 50,
@@ -42,6 +45,10 @@ def base() -> ConfigDict:
                 "snapshot_freq": 50_000,
                 "snapshot_freq_for_preemption": 10_000,
                 "snapshot_sampling": True,
+                "on_divergence": "stop",
+                "divergence_limit": 10,
+                "keep": {"newest": 2, "best": 0, "metric": "eval_loss"},
+                "init_from": "",
             },
             "sampling": {},
             "eval": {"batch_size": 1024, "num_samples": 50_000, "tolerance": 1e-5},
@@ -54,7 +61,12 @@ def shaped(config: ConfigDict, mode: str) -> ConfigDict:
     """The config as it is ("full") or shrunk to seconds ("quick")."""
     if mode not in ("full", "quick"):
         raise ValueError(f"A config comes as 'full' or 'quick'; got {mode!r}.")
+    config.data = {**_READING, **config.data}
     return _quick(config) if mode == "quick" else config
+
+
+# How the data of any config are read ahead, see `diffjax.builders.data.Reading`.
+_READING = {"workers": 0, "ahead": 2, "placed": 1}
 
 
 _QUICK_TRANSFORMER = {"depth": 2, "width": 32, "num_heads": 2}

@@ -107,7 +107,21 @@ COMMON = {
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.0,
     "optim.decay": "constant",
+    "optim.moment_dtype": "float32",
+    "training.accumulate": 1,
+    "training.keep.newest": 2,
+    "training.keep.best": 0,  # the reference keeps none by a figure
+    "training.keep.metric": "eval_loss",
+    "training.init_from": "",
+    "training.on_divergence": "stop",
+    "training.divergence_limit": 10,
     "ema.name": "constant",
+    "mesh.data": -1,  # all devices, as the reference's
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+    "data.workers": 0,  # how batches are read ahead changes none
+    "data.ahead": 2,
+    "data.placed": 1,
     "training.log_freq": 50,
     "training.eval_freq": 100,
     "training.snapshot_freq": 50_000,

@@ -223,6 +223,6 @@ def test_a_quick_one_trains_a_step_and_samples(name, compilation_cache):
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), current.params, before)
     assert np.mean(jax.tree.leaves(moved)) > 0.9
     labels = None if parts.num_classes is None else [0, 1]
-    drawn = Model(config, parts, current.ema, 2).sample(jax.random.key(2), 2, labels=labels)
+    drawn = Model(config, parts, current.ema["main"], 2).sample(jax.random.key(2), 2, labels=labels)
     assert drawn.shape == (2, *parts.image_shape)
     assert drawn.max() < config.data.levels

@@ -1,7 +1,7 @@
 """The data of a config."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffjax.builders.make import BuildError, make
 from diffjax.builders.model import image_size
@@ -17,7 +17,34 @@ _PREPROCESSING = (
     "uniform_dequantization",
     "train_split",
     "eval_split",
+    "workers",
+    "ahead",
+    "placed",
 )
+
+
+class Reading(NamedTuple):
+    """How batches are read ahead in training.
+
+    workers: processes that make batches, 0 for a thread of this one. ahead: batches that each has
+    ready. placed: groups of `n_jitted_steps` batches on the devices beside the one in use.
+    """
+
+    workers: int = 0
+    ahead: int = 2
+    placed: int = 1
+
+
+def build_reading(config: Any) -> Reading:
+    """`config.data.workers`, `ahead` and `placed`. Raises BuildError for values out of range."""
+    found = Reading(*(config.data.get(k, v) for k, v in Reading()._asdict().items()))
+    for name, value in found._asdict().items():
+        least = 1 if name == "ahead" else 0
+        if not isinstance(value, int) or value < least:
+            raise BuildError(
+                f"config.data.{name} must be a whole number from {least} on; got {value!r}."
+            )
+    return found
 
 
 def build_source(config: Any, split: str) -> Any:

@@ -19,7 +19,7 @@ def make(family: Mapping[str, Callable[..., Any]], section: Section, where: str,
     where: the section's place in the config, for messages. Raises BuildError for an unknown name,
     a field that the member does not take, or values that it refuses.
     """
-    fields = {key: _frozen(value) for key, value in dict(section).items()}
+    fields = {key: frozen(value) for key, value in dict(section).items()}
     name = fields.pop("name", None)
     if not isinstance(name, str):
         raise BuildError(f"config.{where}.name must name one of {', '.join(family)}; got {name!r}.")
@@ -61,8 +61,8 @@ def _check_fields(member: Callable[..., Any], fields: Mapping[str, Any], where: 
             raise BuildError(f"config.{where}.{field} is not a field of this {where}.{hint}")
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """Lists become tuples: networks must be hashable, and JSON knows no tuples."""
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
+        return tuple(frozen(v) for v in value)
     return value

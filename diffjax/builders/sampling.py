@@ -14,6 +14,7 @@ from diffjax.core.types import Array
 from diffjax.search import Schedule, ScheduleError
 from diffjax.solvers import grids, tableaus
 from diffjax.solvers.ode import as_method
+from diffjax.solvers.restart import check_restarts
 
 GRIDS: dict[str, Callable[..., Array]] = {
     "uniform": grids.uniform,
@@ -154,13 +155,14 @@ class Sampling(NamedTuple):
     """How to sample: what `solvers.sample`, or `solvers.solve_adaptive`, takes beside the model.
 
     times: the grid, (n+1,); of an adaptive solve its two ends. asked: (n+1,), the times that the
-    network is asked at, or None for the grid's own.
+    network is asked at, or None for the grid's own. restarts: of `solvers.sample_with_restarts`.
     """
 
     times: Array
     solver: solvers.Solver | solvers.AdaptiveFlow
     final: solvers.Final
     asked: Array | None = None
+    restarts: tuple[solvers.Restart, ...] = ()
 
     @property
     def adaptive(self) -> bool:
@@ -214,7 +216,8 @@ def build_sampling(
     solver: a name among `SOLVERS`, a solver, or None for the config's. The grid and the end are the
     config's. schedule: takes the grid's place, for the solver that it was searched for. An adaptive
     solver takes of the grid its ends, but goes no lower than the process's t_min, and denoises
-    there unless the config keeps the noise. Raises BuildError.
+    there unless the config keeps the noise. `config.sampling.restarts`, where there are any, are
+    sections of `_restart` and go with the config's own solver. Raises BuildError.
     """
     section = config.sampling
     count = section.steps if steps is None else steps
@@ -233,6 +236,8 @@ def build_sampling(
     else:
         made = solver
     plan = Sampling(times, made, final)
+    if section.get("restarts") and solver in (None, section.solver["name"]):
+        return _with_restarts(plan, process, section, schedule)
     if schedule is not None:
         return _with_schedule(plan, process, schedule)
     if not plan.adaptive:
@@ -267,6 +272,41 @@ def with_tolerances(
     except ValueError as error:
         raise BuildError(str(error)) from error
     return plan._replace(solver=replace(plan.solver, controller=controller))
+
+
+def _restart(
+    grid: Section,
+    process: processes.Process,
+    t_max: float,
+    t_min: float,
+    steps: int,
+    repeats: int = 1,
+    noise: float = 1.0,
+) -> solvers.Restart:
+    """From t_min up to t_max and back in `steps` intervals of the config's kind of grid."""
+    own = {k: v for k, v in dict(grid).items() if k not in ("t_max", "t_min", "end")}
+    ends = {"t_max": t_max, "end": t_min}
+    times = make(GRIDS, own | ends, "sampling.grid", process=process, n=steps)
+    return solvers.Restart(times, repeats, noise)
+
+
+def _with_restarts(
+    plan: Sampling, process: processes.Process, section: Any, schedule: Schedule | None
+) -> Sampling:
+    """The plan with the config's restarts. Raises BuildError where they do not fit."""
+    if plan.adaptive or schedule is not None:
+        what = "a searched schedule" if schedule is not None else "an adaptive solver"
+        raise BuildError(
+            f"config.sampling.restarts go with a solver along the config's grid, not with {what}."
+        )
+    family = {"restart": functools.partial(_restart, section.grid, process)}
+    where = "sampling.restarts"
+    made = tuple(make(family, {**one, "name": "restart"}, where) for one in section.restarts)
+    try:
+        check_restarts(plan.times, made)
+    except ValueError as error:
+        raise BuildError(f"config.{where}: {error}") from error
+    return plan._replace(restarts=made)
 
 
 def _with_schedule(plan: Sampling, process: processes.Process, schedule: Schedule) -> Sampling:

@@ -5,14 +5,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from diffjax import losses, prediction
 from diffjax.builders.make import BuildError, Section, make
 from diffjax.builders.model import Parts
-from diffjax.core.random import sample_keys, tag
+from diffjax.core.random import sample_keys, step_keys, tag
 from diffjax.core.types import Array, Key, PyTree
 from diffjax.guidance import make_classifier
 from diffjax.losses import classification, denoising_score_matching
+from diffjax.nets.frame import KEYS
+from diffjax.processes import log_snr
 
 TIMES: dict[str, Callable[..., losses.TimeDistribution]] = {
     "uniform": losses.UniformTimes,
@@ -32,6 +35,8 @@ WEIGHTS: dict[str, Callable[..., losses.Weight]] = {
     "min_snr": losses.MinSNR,
     "sigmoid": losses.Sigmoid,
 }
+
+_STREAMS = ("dropout", "label_dropout")  # of randomness in a network, beside the loss's own
 
 REDUCES: dict[str, Callable[..., Any]] = {
     "mean": losses.mean,
@@ -74,6 +79,7 @@ def build_augment(config: Any, parts: Parts) -> Any:
 def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
     """loss_fn(params, key, batch) -> (per-image losses (B,), aux) of one batch of levels.
 
+    key: one key, or (B,), one an image, of which alone its draws depend (but for stratified times).
     batch: {"image": uint8 (B, H, W, C), "label": (B,) for a conditional network}. train: with
     dropout, flips and augmentation.
     """
@@ -89,13 +95,16 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
     objective = functools.partial(
         _objective(config, parts), times=times, weight=weight, reduce=reduce
     )
+    if train:
+        objective = functools.partial(objective, watch=functools.partial(watch_output, parts))
     augment = build_augment(config, parts) if train else None
 
     def loss_fn(params: PyTree, key: Key, batch: Mapping[str, Array]):
         keys = sample_keys(key, batch["image"].shape[0])
         x0 = _clean(config, parts, keys, batch["image"], train=train)
-        streams = ("dropout", "label_dropout") if train else ()
-        rngs = {name: jax.random.fold_in(key, tag(name)) for name in streams}
+        streams = {name: step_keys(keys, tag(name)) for name in _STREAMS} if train else {}
+        # One key a stream for networks of others, which know no keys of samples.
+        rngs = {name: stream[0] for name, stream in streams.items()}
         apply = functools.partial(parts.net.apply, train=train, rngs=rngs)
         if augment is not None:
             x0, labels = augment(keys, x0)
@@ -103,7 +112,7 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
         denoise = prediction.make_denoiser(
             apply,
             parts.process,
-            variables={"params": params},
+            variables={"params": params, KEYS: streams},
             cond=None if parts.num_classes is None else batch["label"],
             learned_variance=parts.learned_variance,
             **parts.precondition._asdict(),
@@ -156,6 +165,28 @@ def _clean(config: Any, parts: Parts, keys: Key, images: Array, *, train: bool) 
     )
 
 
+def watch_output(parts: Parts, asked: losses.Asked) -> dict[str, Array]:
+    """What `train.probes` sort by noise: "log_snr", and "output_rms", of the network's output.
+
+    The log-SNR is held to +-40, so that its mean is finite where an end of the process is not.
+    """
+    out = prediction.target(
+        parts.precondition.kind,
+        parts.process,
+        asked.prediction.x0,
+        asked.prediction.eps,
+        asked.t,
+    )
+    return {
+        "log_snr": _finite_log_snr(parts, asked.t),
+        "output_rms": jnp.sqrt(losses.mean(jax.tree.map(jnp.square, out))),
+    }
+
+
+def _finite_log_snr(parts: Parts, t: Array) -> Array:
+    return jnp.clip(log_snr(parts.process, t), -40, 40)
+
+
 def is_classifier(config: Any) -> bool:
     """Whether a config trains a classifier of noisy images, not a denoiser. Raises BuildError."""
     name = dict(config.loss).get("name", "denoising")
@@ -186,16 +217,33 @@ def _build_classification(config: Any, parts: Parts, *, train: bool) -> Callable
             scaling=parts.precondition.scaling,
             label=parts.precondition.label,
         )
-        return classification(keys, classify, parts.process, x0, batch["label"], times=times)
+        found, seen = classification(keys, classify, parts.process, x0, batch["label"], times=times)
+        return found, seen | {"log_snr": _finite_log_snr(parts, seen["t"])}
 
     return loss_fn
 
 
 def build_optimizer(config: Any) -> tuple[Any, Any]:
-    """(optax transformation, learning-rate schedule) of the optim section. Raises BuildError."""
-    from diffjax.train import optim
+    """(optax transformation, learning-rate schedule) of the optim section. Raises BuildError.
+
+    A network in float16 (config.model.dtype) has its loss scaled; config.optim.loss_scale may say
+    how.
+    """
+    from diffjax.train import optim, scaling
 
     section = dict(config.optim)
+    scale = section.pop("loss_scale", None)
+    half = _dtype(dict(config.model).get("dtype", "float32"), "model.dtype") == jnp.float16
+    if scale is not None and not half:
+        raise BuildError(
+            "config.optim.loss_scale scales the loss of networks in float16: set "
+            "config.model.dtype = 'float16', or remove it."
+        )
+    moment = _dtype(section.pop("moment_dtype", "float32"), "optim.moment_dtype")
+    if moment not in (jnp.float32, jnp.bfloat16):
+        raise BuildError(
+            f"config.optim.moment_dtype must be 'float32' or 'bfloat16'; got {moment.name!r}."
+        )
     decay = section.pop("decay")
     schedule = make(
         {"constant": optim.learning_rate, "cosine": optim.learning_rate},
@@ -204,17 +252,94 @@ def build_optimizer(config: Any) -> tuple[Any, Any]:
         "optim",
         **({"decay_steps": config.training.n_iters} if decay == "cosine" else {}),
     )
-    name = section.pop("optimizer").lower()
-    return make(
-        {"adam": optim.adam}, {"name": name, **section}, "optim", schedule=schedule
-    ), schedule
+    given: dict[str, Any] = {"schedule": schedule}
+    if moment == jnp.bfloat16:  # else the weights' own, which is wider in 64-bit mode
+        given["moment_dtype"] = moment
+    section["name"] = section.pop("optimizer").lower()
+    optimizer = make({"adam": optim.adam}, section, "optim", **given)
+    if half:
+        dynamic = functools.partial(scaling.dynamic_scaling, optimizer)
+        fields = {"name": "dynamic", **dict(scale or {})}
+        optimizer = make({"dynamic": dynamic}, fields, "optim.loss_scale")
+    return optimizer, schedule
 
 
-def build_ema(config: Any) -> Any:
-    """The rule of the averaged weights. Raises BuildError."""
+def _dtype(name: Any, where: str) -> jnp.dtype:
+    """The type of numbers that a config names. Raises BuildError."""
+    try:
+        return jnp.dtype(name)
+    except TypeError as error:
+        raise BuildError(
+            f"config.{where} must name a floating type, 'float32', 'bfloat16' or 'float16'; got "
+            f"{name!r}."
+        ) from error
+
+
+def build_accumulate(config: Any, slices: int = 1) -> int:
+    """The number of micro-batches of an update, config.training.accumulate. Raises BuildError.
+
+    slices: devices that each of them is split over.
+    """
+    n, size = dict(config.training).get("accumulate", 1), config.training.batch_size
+    if not isinstance(n, int) or n < 1 or size % n:
+        raise BuildError(
+            f"config.training.accumulate cuts a batch into equal parts, and must divide batch_size "
+            f"= {size}; got {n!r}."
+        )
+    if n > 1 and size // n % slices:
+        raise BuildError(
+            f"config.training.accumulate = {n} leaves micro-batches of {size // n} images, and "
+            f"they must split over {slices} devices: take fewer, or a batch_size that is a "
+            f"multiple of {n * slices}."
+        )
+    if n > 1 and dict(config.loss.times).get("stratified", False):
+        raise BuildError(
+            "config.loss.times.stratified spreads times over a whole batch, and "
+            "config.training.accumulate shows the loss a part at a time. Set one of them back: "
+            "stratified = False, or accumulate = 1."
+        )
+    return n
+
+
+def build_ema(config: Any) -> dict[str, Any]:
+    """The rules of the averaged weights by name: "main", and config.ema.others. Raises BuildError.
+
+    "main" is what is sampled and measured; it is the section itself, without `others`. `offload` is
+    `build_offload`'s.
+    """
+    section = {name: value for name, value in dict(config.ema).items() if name != "offload"}
+    others = dict(section.pop("others", {}))
+    if "main" in others:
+        raise BuildError("config.ema.others.main: config.ema itself describes 'main'; rename it.")
+    rules = {"main": _rule(section, "ema", config)}
+    for name, other in others.items():
+        if not name.isidentifier():
+            raise BuildError(f"config.ema.others: {name!r} is no name of a track; use a word.")
+        rules[name] = _rule(dict(other), f"ema.others.{name}", config)
+    return rules
+
+
+def build_offload(config: Any, layout: Any) -> Any:
+    """The layout of a state, its averages on the host if config.ema.offload. Raises BuildError."""
+    from diffjax.train import offload
+
+    if not dict(config.ema).get("offload", False):
+        return layout
+    try:
+        return offload.averages_on_host(layout)
+    except ValueError as error:
+        raise BuildError(f"config.ema.offload: {error} Set it to False.") from error
+
+
+def _rule(section: Section, where: str, config: Any) -> Any:
     from diffjax.train import ema
 
-    families = {"constant": ema.ConstantEMA, "warmup": ema.WarmupEMA, "half_life": ema.HalfLifeEMA}
-    section = dict(config.ema)
-    given = {"batch_size": config.training.batch_size} if section["name"] == "half_life" else {}
-    return make(families, section, "ema", **given)
+    families = {
+        "constant": ema.ConstantEMA,
+        "warmup": ema.WarmupEMA,
+        "half_life": ema.HalfLifeEMA,
+        "power": ema.PowerEMA,
+    }
+    half_life = section.get("name") == "half_life"
+    given = {"batch_size": config.training.batch_size} if half_life else {}
+    return make(families, section, where, **given)

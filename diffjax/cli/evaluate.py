@@ -15,9 +15,11 @@ ABOUT = """diffjax evaluate: measure a trained model.
   diffjax evaluate --workdir=W --metrics=frechet,quality --num=500 --solver=heun --steps=20
   diffjax evaluate --workdir=W --metrics=fid,is,kid,pr --inception=PATH
   diffjax evaluate --workdir=W --metrics=quality --samples=W/samples.npz
+  diffjax evaluate --workdir=W --metrics=fid --checkpoints=all
   diffjax evaluate stats --help          reference statistics of a data set
 
-Writes <workdir>/eval/<metric>.json. Stopped part-way, the same command goes on. Metrics:
+Writes <workdir>/eval/<metric>.json. Stopped part-way, the same command goes on. Several processes
+share the samples among them; see `diffjax train --help`. Metrics:
   loss      training loss of held-out images
   bpd       bits/dim of held-out images by the probability flow, beside two baselines
   bound     the variational bound in bits/dim
@@ -63,7 +65,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     define.integer("num", None, "images to draw; the config's")
     define.integer("limit", None, "held-out images for bpd and bound; all")
     define.integer("seed", 0, "seed of everything drawn")
-    define.text("samples", None, "an .npz of samples to judge")
+    define.text("samples", None, "an .npz of samples to judge, or a folder of shards")
     define.text("solver", None, "solver; the config's by default")
     define.integer("steps", None, "intervals of the grid; the config's")
     _define_networks(define)
@@ -72,20 +74,30 @@ def _evaluate(argv: Sequence[str]) -> int:
     define.integer("repeats", 1, "dequantisations of each image for bpd")
     define.integer("probe_repeats", 1, "solves with own probes for each dequantisation")
     define.switch("score_sde_protocol", False, "bpd by the 5 passes of the Score-SDE paper")
+    options = [name for name in values if name not in ("workdir", "metrics")]
+    define.text("checkpoints", None, "all, or best by the held-out loss of training")
+    flags.define_processes(values)
     if not flags.parse(values, argv, ABOUT):
         return 0
     if values.workdir is None:
         raise RunError("--workdir is missing: the run to measure.")
+    flags.join(values)
     flags.enable_compilation_cache()
-    from diffjax.runs.evaluate import evaluate
+    given = {name: values[name].value for name in options}
+    if values.checkpoints is None:
+        from diffjax.runs.evaluate import evaluate
 
-    given = {name: values[name].value for name in values if name not in ("workdir", "metrics")}
-    found = evaluate(values.workdir, values.metrics, **given)
-    for name, figures in found.items():
-        print(f"{name}:")
-        for line in _description(name, figures):
-            print("  " + line.format(**figures))
-    print(f"Written to {Path(values.workdir) / 'eval'}.")
+        _print(evaluate(values.workdir, values.metrics, **given))
+    elif given.pop("step") is not None:
+        raise RunError("--step and --checkpoints exclude each other.")
+    else:
+        from diffjax.runs.checkpoints import chosen, evaluate_each
+
+        steps = chosen(values.workdir, values.checkpoints)
+        for step, found in evaluate_each(values.workdir, values.metrics, steps, **given).items():
+            flags.say(f"checkpoint {step}")
+            _print(found)
+    flags.say(f"Written to {Path(values.workdir) / 'eval'}.")
     return 0
 
 
@@ -98,6 +110,7 @@ def _stats(argv: Sequence[str]) -> int:
     define.integer("batch_size", None, "images at once; the config's")
     define.switch("keep_features", False, "also the features, which kid and pr need")
     _define_networks(define)
+    flags.define_processes(values)
     if not flags.parse(values, argv, ABOUT_STATS):
         return 0
     for name in ("config", "out"):
@@ -105,6 +118,7 @@ def _stats(argv: Sequence[str]) -> int:
             raise RunError(f"--{name} is missing: {values[name].help}.")
     if values.split not in ("train", "eval"):
         raise RunError(f"--split must be train or eval; got {values.split!r}.")
+    flags.join(values)
     flags.enable_compilation_cache()
     from diffjax import builders
     from diffjax.runs import extractors, stats
@@ -132,8 +146,15 @@ def _stats(argv: Sequence[str]) -> int:
         )
     stats.write_stats(out, found)
     shutil.rmtree(partial, ignore_errors=True)
-    print(f"Wrote {out}: {found.num} images of {info.name} in {extractor.name}.")
+    flags.say(f"Wrote {out}: {found.num} images of {info.name} in {extractor.name}.")
     return 0
+
+
+def _print(found: dict[str, dict]) -> None:
+    for name, figures in found.items():
+        flags.say(f"{name}:")
+        for line in _description(name, figures):
+            flags.say("  " + line.format(**figures))
 
 
 def _description(name: str, figures: dict) -> list[str]:

@@ -35,6 +35,7 @@ def _export(argv: Sequence[str]) -> int:
     define.text("out", None, "the .npz to write")
     define.text("solver", None, "solver; the config's by default")
     define.integer("steps", None, "intervals of the grid; the config's")
+    define.text("schedule", None, "a searched schedule's file, in place of the grid")
     define.integer("step", None, "checkpoint; the newest by default")
     define.words("platforms", ["cpu", "cuda", "tpu"], "what it shall run on; rocm is another")
     if not flags.parse(values, argv, ABOUT):
@@ -42,15 +43,20 @@ def _export(argv: Sequence[str]) -> int:
     for name, what in (("workdir", "the run to export"), ("out", "the file to write")):
         if values[name].value is None:
             raise RunError(f"--{name} is missing: {what}.")
+    from diffjax.cli.sample import schedule_of
+    from diffjax.interop.export import require_flatbuffers
     from diffjax.runs.export import export_to
     from diffjax.runs.model import load
 
+    require_flatbuffers()
+    schedule = None if values.schedule is None else schedule_of(values.schedule)
     model = load(values.workdir, step=values.step)
     written = export_to(
         model,
         values.out,
         solver=values.solver,
         steps=values.steps,
+        schedule=schedule,
         platforms=values.platforms,
     )
     print(

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
+from diffjax.runs.distributed import LOST
 from diffjax.runs.workdir import RunError
 
 STOPPED = 3  # the exit code of a run that was asked to stop and has saved
+FULL = 5  # of a run whose disk is full or broken; what it saved before is whole
 
 
 class Definer:
@@ -34,6 +36,44 @@ class Definer:
 
     def words(self, name: str, default: list[str], about: str) -> None:
         absl_flags.DEFINE_list(name, default, about, flag_values=self._values)
+
+
+def define_processes(values: absl_flags.FlagValues) -> None:
+    """The flags of a verb that several processes can do together."""
+    define = Definer(values)
+    define.text("coordinator", None, "several processes: host:port of process 0")
+    define.integer("num_processes", None, "several processes: how many")
+    define.integer("process_id", None, "several processes: which this is, from 0")
+    define.switch("distributed", False, "several processes, as a TPU pod, Slurm or Open MPI says")
+    define.integer("start_timeout", 300, "seconds to wait for all processes")
+    define.integer("peer_timeout", 100, "seconds of silence after which a process is lost")
+
+
+def join(values: absl_flags.FlagValues, *, heed_notices: bool = False) -> None:
+    """Meets the other processes where flags, environment or cluster name any; before JAX is used.
+
+    heed_notices: for a verb that saves and leaves at a SIGTERM.
+    """
+    from diffjax.runs import distributed
+
+    given = (values.coordinator, values.num_processes, values.process_id)
+    # With --distributed the environment's variables are the cluster's own affair.
+    environment = {} if values.distributed else os.environ
+    distributed.join(
+        distributed.place(*given, environment),
+        detect=values.distributed,
+        heed_notices=heed_notices,
+        start_timeout=values.start_timeout,
+        peer_timeout=values.peer_timeout,
+    )
+
+
+def say(line: str) -> None:
+    """Prints what all processes would, in the first; at the end, as it asks JAX which this is."""
+    from diffjax.runs import hosts
+
+    if hosts.is_first():
+        print(line)
 
 
 def parse(values: absl_flags.FlagValues, argv: Sequence[str], about: str) -> bool:
@@ -72,22 +112,40 @@ def _help(values: absl_flags.FlagValues) -> str:
 def guarded(verb: str, work: Callable[[], int]) -> int:
     """Runs `work`; what a person can put right becomes one line on stderr and exit code 2.
 
-    RunError, BuildError, CheckpointError and the checks of the library are all ValueErrors.
+    RunError, BuildError, CheckpointError and the checks of the library are all ValueErrors. One of
+    several processes that lost another says so, exit code 4. A disk that is full or broken is 5.
     DIFFJAX_TRACEBACK=1 shows the whole traceback.
     """
+    import jax
+
+    from diffjax.runs import distributed
     from diffjax.train.loop import Diverged
+    from diffjax.train.storage import FULL_OR_BROKEN, SaveError
+
+    def failed(error: Exception, message: str, code: int) -> int:
+        if os.environ.get("DIFFJAX_TRACEBACK"):
+            traceback.print_exc()
+        print(f"diffjax {verb}: {' '.join(message.split())}", file=sys.stderr)
+        return distributed.leave(code, error)
 
     try:
         return work()
-    except (Diverged, OSError, ValueError) as error:
-        if os.environ.get("DIFFJAX_TRACEBACK"):
-            traceback.print_exc()
-        message = " ".join(str(error).split())
-        print(f"diffjax {verb}: {message}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"diffjax {verb}: {error}", file=sys.stderr)
-        return 2
+    except SaveError as error:
+        return failed(error, str(error), FULL)
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            return failed(error, str(error), 2)
+        way_out = "free space or mend the disk, and start the same command again"
+        return failed(error, f"{error}; {way_out}. What was saved before is whole.", FULL)
+    except (Diverged, ValueError, ModuleNotFoundError) as error:
+        return failed(error, str(error), 2)
+    except Exception as error:
+        if distributed.is_loss(error):
+            return failed(error, distributed.lost_message(error), LOST)
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()  # the others must not wait for this one
+        return distributed.leave(1, error)
 
 
 def enable_compilation_cache() -> None:
@@ -101,6 +159,26 @@ def enable_compilation_cache() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "diffjax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def make_deterministic() -> None:
+    """Has a GPU's programs give the same bits each time; before JAX meets its devices.
+
+    XLA then leaves out operations that add in no fixed order and does not choose by timing.
+    """
+    flag = "--xla_gpu_deterministic_ops=true"
+    before = os.environ.get("XLA_FLAGS", "")
+    if flag not in before.split():
+        os.environ["XLA_FLAGS"] = f"{before} {flag}".strip()
+
+
+def say_deterministic() -> None:
+    """Says what `make_deterministic` came to, once the devices are known."""
+    import jax
+
+    if jax.default_backend() != "gpu":
+        backend = jax.default_backend()
+        print(f"--deterministic is for GPUs; on {backend} there is nothing to switch.")
 
 
 @contextlib.contextmanager

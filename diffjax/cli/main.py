@@ -9,6 +9,9 @@ VERBS = {
     "train": "train a model into a workdir, or go on with one",
     "sample": "draw images from a trained model",
     "evaluate": "measure a trained model",
+    "ema": "average a run's weights over another width",
+    "replay": "repeat one update of a run, such as one that went wrong",
+    "plan": "say what a config needs on a mesh of chips, without them",
     "import": "make a workdir of another code's weights",
     "export": "write a trained model's sampler as one file",
 }

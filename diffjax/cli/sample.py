@@ -17,7 +17,10 @@ ABOUT = """diffjax sample: draw images from a trained model.
   diffjax sample --workdir=W --solver=ddim --schedule=ddim8.json
 
 Writes <out>/<name>.npz (`images`, uint8 levels) or <out>/<name>/<i>.png, and a grid <name>.png.
-Image i depends on its seed alone: not on the batch size, nor on how many are drawn."""
+Image i depends on its seed alone: not on the batch size, nor on how many are drawn.
+More images than --shard_size are written in shards to <out>/<name>/; killed, the same command goes
+on. Several processes share the shards, or of a single one the batches, among them; see `diffjax
+train --help`. Where there are fewer than processes, a smaller --batch_size gives work to all."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -40,9 +43,12 @@ def _sample(argv: Sequence[str]) -> int:
     define.number("atol", None, "absolute tolerance of an adaptive solver; its own by default")
     define.text("schedule", None, "a searched schedule's file, in place of the grid")
     define.integer("step", None, "checkpoint; the newest by default")
+    define.text("ema", "main", "which average of the weights; a name in config.ema.others")
     define.integer("batch_size", None, "images at once; the config's")
-    define.text("format", "npz", "npz or png")
+    define.text("format", "npz", "npz, png or arrayrecord")
+    define.integer("shard_size", 1024, "images a file where there are more; up to a whole batch")
     define.switch("path", False, "also draws the denoising path")
+    flags.define_processes(values)
     from diffjax import builders
 
     about = f"{ABOUT}\nSolvers: {', '.join(builders.SOLVERS)}."
@@ -50,18 +56,20 @@ def _sample(argv: Sequence[str]) -> int:
         return 0
     if values.workdir is None:
         raise RunError("--workdir is missing: the run to sample from.")
+    flags.join(values)
     flags.enable_compilation_cache()
+    from diffjax.runs import hosts
     from diffjax.runs.model import load
     from diffjax.runs.sample import check_path, sample_to, seed_keys, write_path
 
-    model = load(values.workdir, step=values.step)
+    model = load(values.workdir, step=values.step, ema=values.ema)
     seeds = numbers("seeds", values.seeds) if values.seeds else list(range(values.num))
     labels = numbers("labels", values.labels) if values.labels else None
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(len(seeds))]
     options = {"solver": values.solver, "steps": values.steps, "labels": labels}
     if values.schedule is not None:
-        options["schedule"] = _schedule(values.schedule)
+        options["schedule"] = schedule_of(values.schedule)
     chosen = {name: options.get(name) for name in ("solver", "steps", "schedule")}
     plan = builders.build_sampling(model.config, model.parts.process, **chosen)
     if values.path:
@@ -78,19 +86,25 @@ def _sample(argv: Sequence[str]) -> int:
             format=values.format,
             name=values.name,
             batch_size=values.batch_size,
+            shard_size=values.shard_size,
+            about={"seeds": ranges(seeds), "labels": values.labels},
             progress=progress,
             **options,
         )
+    if not hosts.is_first():
+        return 0
     files = [written.files[0], written.files[-1]] if len(written.files) > 3 else written.files
     if values.path:
         path = out / f"{values.name}_path.png"
         write_path(model, path, seeds=seeds[:6], **options)
         files = [*files, path]
-    print(f"Drew {len(seeds)} images of step {model.step}: {', '.join(map(str, files))}.")
+    flags.say(f"Drew {len(seeds)} images of step {model.step}: {', '.join(map(str, files))}.")
+    if written.digest is not None:
+        flags.say(f"Judge them with diffjax evaluate --samples={out / values.name}.")
     return 0
 
 
-def _schedule(path: str) -> Any:
+def schedule_of(path: str) -> Any:
     """The schedule of a file. Raises RunError for anything else."""
     from diffjax.search import ScheduleError, load_schedule
 
@@ -98,6 +112,17 @@ def _schedule(path: str) -> Any:
         return load_schedule(path)
     except ScheduleError as error:
         raise RunError(f"--schedule: {error}") from error
+
+
+def ranges(found: Sequence[int]) -> str:
+    """The text that `numbers` reads as these: "0-3,7" for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for number in found:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def numbers(name: str, text: str) -> list[int]:

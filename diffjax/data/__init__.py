@@ -9,13 +9,14 @@ Importing this needs no data package; each is imported where it is used (`pip in
 """
 
 from diffjax.data.augment import Augment
-from diffjax.data.pipeline import Batches, EvalBatches, TrainBatches, prefetch
+from diffjax.data.pipeline import Batches, EvalBatches, TrainBatches, placed_ahead, prefetch
 from diffjax.data.prepared import TfdsSource, digits_source, tfds_source
 from diffjax.data.sources import (
     ArraySource,
     DataInfo,
     Example,
     FolderSource,
+    RecordError,
     Source,
     array_source,
     folder_source,
@@ -25,6 +26,7 @@ from diffjax.data.transforms import model_input, random_flip
 
 __all__ = [
     "ArraySource", "Augment", "Batches", "DataInfo", "EvalBatches", "Example", "FolderSource",
-    "Source", "TfdsSource", "TrainBatches", "array_source", "digits_source", "folder_source",
-    "in_memory", "model_input", "prefetch", "random_flip", "tfds_source",
+    "RecordError", "Source", "TfdsSource", "TrainBatches", "array_source", "digits_source",
+    "folder_source", "in_memory", "model_input", "placed_ahead", "prefetch", "random_flip",
+    "tfds_source",
 ]  # fmt: skip

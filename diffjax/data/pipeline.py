@@ -16,23 +16,37 @@ every example once; batches run across the ends of epochs and no example is drop
 NumPy bit generator is fixed for good, so neither NumPy's nor grain's version changes the order.
 (grain's own shuffle costs a walk of about 65,536 / N rounds an index: 4 ms a batch for the digits.)
 
+Reading ahead. `prefetch` holds `ahead` batches, by threads of this process or by worker processes,
+and `placed_ahead` as many groups of them on the devices as it is told: memory is bounded whatever
+the speed of either side. Since batch k depends on k alone, what was read ahead is no state: a run
+goes on at any step with any number of workers. Workers, and the memory that they share with this
+process, outlive neither the iterator nor the process, killed as it may be. They leave Ctrl-C and
+SIGTERM to it, as it may want to save first. A worker that dies (out of memory, say) and an example
+that cannot be read raise here.
+
 Hosts. Process p of P takes rows [p B / P, (p + 1) B / P) of each global batch of B, so the global
 batch does not depend on P.
 """
 
+import collections
 import dataclasses
 import functools
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from diffjax.core.checks import at_least
 from diffjax.data.extras import require
-from diffjax.data.sources import DataInfo, Source
+from diffjax.data.sources import DataInfo, Source, read
 
+T = TypeVar("T")
 Batch = dict[str, np.ndarray]
 
 
@@ -71,7 +85,7 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         at_least("step", step, 0)
-        examples = [self.source[int(i)] for i in self.indices(step)]
+        examples = [read(self.source, int(i)) for i in self.indices(step)]
         return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
     def indices(self, step: int) -> np.ndarray:
@@ -135,7 +149,8 @@ class EvalBatches:
             raise IndexError(f"There are {len(self)} batches; got step {step}.")
         share = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * share
-        examples = [self.source[i] for i in range(first, min(first + share, len(self.source)))]
+        last = min(first + share, len(self.source))
+        examples = [read(self.source, i) for i in range(first, last)]
         info = self.source.info
         batch: Batch = {"image": np.zeros((share, *info.shape), np.uint8)}
         if info.num_classes is not None:
@@ -149,13 +164,18 @@ class EvalBatches:
 
 def prefetch(
     batches: Batches, *, start: int = 0, ahead: int = 2, threads: int = 1, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Iterates over batches[start:], computing `ahead` of them in the background.
 
-    threads: threads that make batches, in each process. workers: processes that make batches; 0
-    means none beside this one. One thread suits data in memory, several suit slow storage, and
-    workers suit decoding, which Python's lock would serialise. The order is that of the sequence
-    whatever the choice. Dropping the iterator, or its `close()`, stops the background work.
+    threads: threads that make batches, in each process. workers: processes that make batches, each
+    `ahead` of them; 0 means none beside this one. One thread suits data in memory, several suit
+    slow storage, and workers suit decoding, which Python's lock would serialise. Each worker is a
+    new interpreter with a copy of the source, so a script that asks for some needs the usual
+    `if __name__ == "__main__":`. The order is that of the sequence whatever the choice. Dropping
+    the iterator, or its `close()`, stops the background work.
+
+    Raises RecordError, when asked for the batch, for an example that cannot be read, and
+    RuntimeError where a worker died.
     """
     at_least("start", start, 0)
     at_least("ahead", ahead, 1)
@@ -169,9 +189,52 @@ def prefetch(
         flags = require("absl.flags").FLAGS
         if not flags.is_parsed():
             flags.mark_as_parsed()
-        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
+        data = data.mp_prefetch(options, worker_init_fn=_Bound(os.getpid()))
         data = data.map(_owned)
     return _closing(iter(data))
+
+
+def placed_ahead(groups: Iterator[T], ahead: int) -> Generator[T, None, None]:
+    """The same groups, each asked for when the one `ahead` of it is.
+
+    Of groups that are placed on devices when they are asked for, without waiting, so many more than
+    the one in use are on the devices or on their way. 0 is the iterator itself.
+    """
+    at_least("ahead", ahead, 0)
+    return _placed_ahead(groups, ahead)
+
+
+def _placed_ahead(groups: Iterator[T], ahead: int) -> Generator[T, None, None]:
+    held: collections.deque[T] = collections.deque()
+    try:
+        for group in groups:
+            held.append(group)
+            del group
+            if len(held) > ahead:
+                yield held.popleft()
+        while held:
+            yield held.popleft()
+    finally:
+        if hasattr(groups, "close"):
+            groups.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """What a worker does first: it leaves signals to its parent, and ends when that is gone."""
+
+    parent: int
+
+    def __call__(self, index: int, count: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(1.0)
+        os._exit(1)
 
 
 def _owned(batch: Batch) -> Batch:
@@ -179,7 +242,7 @@ def _owned(batch: Batch) -> Batch:
     return {key: np.array(value) for key, value in batch.items()}
 
 
-def _closing(iterator: Any) -> Iterator[Batch]:
+def _closing(iterator: Any) -> Generator[Batch, None, None]:
     """Iterates, and stops the background work at the end, at an error or when it is dropped."""
     try:
         yield from iterator

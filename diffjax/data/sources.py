@@ -43,6 +43,10 @@ class DataInfo:
             raise ValueError(f"A source must hold at least one example; {self.name!r} is empty.")
 
 
+class RecordError(ValueError):
+    """An example that cannot be read; the message names it."""
+
+
 class Source(Protocol):
     """Random access to examples: what the loader reads."""
 
@@ -54,6 +58,18 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+def read(source: Source, index: int) -> Example:
+    """The example. Raises RecordError, naming it, whatever the source raises."""
+    try:
+        return source[index]
+    except Exception as error:  # a damaged record raises what its reader likes
+        cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise RecordError(
+            f"Example {index} of {source.info.name!r} cannot be read: {cause}. Restore the data "
+            "and start again; training goes on from its last save."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +131,7 @@ def array_source(
 
 def in_memory(source: Source) -> ArraySource:
     """Reads a whole source once and holds it: CIFAR-10 takes 154 MB and then costs no decoding."""
-    examples = [source[i] for i in range(len(source))]
+    examples = [read(source, i) for i in range(len(source))]
     images = np.stack([example["image"] for example in examples])
     labels = None
     if source.info.num_classes is not None:

@@ -84,10 +84,7 @@ def write_sampler(path: str | Path, exported: export.Exported, weights: PyTree) 
 
     Raises ModuleNotFoundError, naming the pip command, without flatbuffers.
     """
-    try:
-        import flatbuffers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(NO_FLATBUFFERS, name="flatbuffers") from error
+    require_flatbuffers()
     program = exported.serialize()
     arrays: dict[str, Any] = {"program": np.frombuffer(program, np.uint8)}
     for i, leaf in enumerate(jax.tree.leaves(weights)):
@@ -96,6 +93,14 @@ def write_sampler(path: str | Path, exported: export.Exported, weights: PyTree) 
     np.savez(buffer, **arrays)
     write_atomic(Path(path), buffer.getvalue())
     return len(program)
+
+
+def require_flatbuffers() -> None:
+    """Raises ModuleNotFoundError, naming the pip command, where flatbuffers is missing."""
+    try:
+        import flatbuffers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NO_FLATBUFFERS, name="flatbuffers") from error
 
 
 def _unchecked(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

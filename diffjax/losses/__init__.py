@@ -2,7 +2,15 @@
 
 from diffjax.losses.classification import classification
 from diffjax.losses.hybrid import hybrid
-from diffjax.losses.matching import Reduce, denoising_score_matching, half_sum, mean, total
+from diffjax.losses.matching import (
+    Asked,
+    Reduce,
+    Watch,
+    denoising_score_matching,
+    half_sum,
+    mean,
+    total,
+)
 from diffjax.losses.times import (
     DiscreteTimes,
     ImportanceTimes,
@@ -16,6 +24,7 @@ from diffjax.losses.times import (
 from diffjax.losses.weights import Likelihood, MinSNR, Sigmoid, Weight
 
 __all__ = [
+    "Asked",
     "DiscreteTimes",
     "ImportanceTimes",
     "Likelihood",
@@ -28,6 +37,7 @@ __all__ = [
     "TimeSampler",
     "Times",
     "UniformTimes",
+    "Watch",
     "Weight",
     "classification",
     "denoising_score_matching",

@@ -32,7 +32,7 @@ from diffjax.core import checks
 from diffjax.core.numerics import at_least_float32, expand
 from diffjax.core.quantise import Quantisation
 from diffjax.core.types import Array, DenoiseFn, Key, Number, Prediction, PyTree
-from diffjax.losses.matching import Reduce, ask, match, mean
+from diffjax.losses.matching import Reduce, Watch, ask, match, mean, nothing
 from diffjax.losses.times import DiscreteTimes, TimeSampler
 from diffjax.losses.weights import Weight
 from diffjax.prediction.kinds import Eps
@@ -53,6 +53,7 @@ def hybrid(
     weight: Weight = Eps(),
     reduce: Reduce = mean,
     quantisation: Quantisation = Quantisation(),
+    watch: Watch = nothing,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of each sample, eq. (1), (B,), and what to watch, each (B,).
 
@@ -64,10 +65,11 @@ def hybrid(
     checks.at_least("levels", levels, 2)
     checks.non_negative("bound_weight", bound_weight)
     asked = ask(key, denoise, process, x0, DiscreteTimes(levels) if times is None else times)
-    simple, watch = match(asked, process, weight, reduce)
+    simple, seen = match(asked, process, weight, reduce)
     bound = bound_term(process, asked.prediction, asked.x0, asked.t, levels, quantisation)
     # `simple` has the sampler's weight already.
-    return simple + bound_weight * asked.importance * bound, watch | {"bound": bound}
+    losses = simple + bound_weight * asked.importance * bound
+    return losses, seen | {"bound": bound} | dict(watch(asked))
 
 
 def bound_term(

@@ -15,7 +15,7 @@ Reference: Song et al., "Score-Based Generative Modeling through Stochastic Diff
 2021, https://arxiv.org/abs/2011.13456, eq. 7.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,29 @@ from diffjax.processes.base import Process
 from diffjax.processes.calculus import perturb
 
 Reduce = Callable[[PyTree], Array]  # a sample's squares, (B, *data), to (B,)
+
+
+class Asked(NamedTuple):
+    """A batch at its drawn times, and what the network says of it.
+
+    x0, x_t, eps: (B, *data), trees. t, importance: (B,), the times and their samplers' weights.
+    """
+
+    x0: PyTree
+    x_t: PyTree
+    eps: PyTree
+    t: Array
+    importance: Array
+    prediction: Prediction
+
+
+Watch = Callable[[Asked], Mapping[str, Array]]
+
+
+def nothing(asked: Asked) -> dict[str, Array]:
+    """Nothing more to watch."""
+    del asked
+    return {}
 
 
 def mean(squares: PyTree) -> Array:
@@ -57,6 +80,7 @@ def denoising_score_matching(
     times: TimeSampler = UniformTimes(),
     weight: Weight = Eps(),
     reduce: Reduce = mean,
+    watch: Watch = nothing,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of each sample, eq. (2), (B,), and what to watch, each (B,).
 
@@ -66,24 +90,12 @@ def denoising_score_matching(
       differentiated, with variables={"params": params}.
     x0: clean data (B, *data), a tree; half precision is raised to float32.
     times, weight, reduce: see `losses.times`, `losses.weights` and the module's docstring.
+    watch: gives more to watch, each (B,), by name.
     The dict has "t", and "eps_error" and "x0_error", the unweighted means over D of the squares.
     """
     asked = ask(key, denoise, process, x0, times)
-    return match(asked, process, weight, reduce)
-
-
-class Asked(NamedTuple):
-    """A batch at its drawn times, and what the network says of it.
-
-    x0, x_t, eps: (B, *data), trees. t, importance: (B,), the times and their samplers' weights.
-    """
-
-    x0: PyTree
-    x_t: PyTree
-    eps: PyTree
-    t: Array
-    importance: Array
-    prediction: Prediction
+    losses, seen = match(asked, process, weight, reduce)
+    return losses, seen | dict(watch(asked))
 
 
 def ask(key: Key, denoise: DenoiseFn, process: Process, x0: PyTree, times: TimeSampler) -> Asked:

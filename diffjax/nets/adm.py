@@ -51,6 +51,7 @@ from diffjax.nets import frame
 from diffjax.nets.blocks import GroupNorm, Source, attend, downsample, dropout, upsample
 from diffjax.nets.embed import Dtype, check_dtype, per_sample, wide
 from diffjax.nets.inputs import augment_labels, class_labels, cosine_embedding
+from diffjax.nets.linear import Conv, Dense
 
 EPS = 1e-5
 
@@ -74,12 +75,12 @@ def _conv(
 ) -> Array:
     """A size x size convolution of x, zero-padded."""
     inits = _inits(size * size * x.shape[-1], zero)
-    return nn.Conv(features, (size, size), dtype=dtype, name=name, **inits)(x)
+    return Conv(features, (size, size), dtype=dtype, name=name, **inits)(x)
 
 
 def _dense(x: Array, features: int, dtype: Dtype, *, name: str, zero: bool = False) -> Array:
     """A linear map of x."""
-    return nn.Dense(features, dtype=dtype, name=name, **_inits(x.shape[-1], zero))(x)
+    return Dense(features, dtype=dtype, name=name, **_inits(x.shape[-1], zero))(x)
 
 
 class ADMBlock(nn.Module):

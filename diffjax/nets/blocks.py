@@ -35,21 +35,22 @@ from flax import linen as nn
 from diffjax.core.types import Array
 from diffjax.nets import resample
 from diffjax.nets.embed import Activation, Dtype, default_init, wide
+from diffjax.nets.linear import Conv, plus
 
 # What a residual block starts from: x in pieces, to be joined by channels, and keys (B,) for
 # dropout or None.
 Source = tuple[Sequence[Array], Array | None]
 
 
-def conv3x3(features: int, dtype: Dtype, init_scale: float = 1.0, stride: int = 1) -> nn.Conv:
+def conv3x3(features: int, dtype: Dtype, init_scale: float = 1.0, stride: int = 1) -> Conv:
     """A 3 x 3 convolution with zero padding (for stride 2 after the last pixel only)."""
     kernel_init = default_init(init_scale)
-    return nn.Conv(features, (3, 3), strides=stride, dtype=dtype, kernel_init=kernel_init)
+    return Conv(features, (3, 3), strides=stride, dtype=dtype, kernel_init=kernel_init)
 
 
-def conv1x1(features: int, dtype: Dtype) -> nn.Conv:
+def conv1x1(features: int, dtype: Dtype) -> Conv:
     """A linear map of the channels, as a convolution."""
-    return nn.Conv(features, (1, 1), dtype=dtype, kernel_init=default_init())
+    return Conv(features, (1, 1), dtype=dtype, kernel_init=default_init())
 
 
 def dense(features: int, dtype: Dtype) -> nn.Dense:
@@ -152,8 +153,8 @@ class NIN(nn.Module):
         shape = (x.shape[-1], self.features)
         weight = self.param("W", default_init(self.init_scale), shape, jnp.float32)
         bias = self.param("b", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, weight, bias = (v.astype(self.dtype) for v in (x, weight, bias))
-        return x @ weight + jnp.expand_dims(bias, range(x.ndim - 1))
+        y = x.astype(self.dtype) @ weight.astype(self.dtype)
+        return plus(y, jnp.expand_dims(bias, range(x.ndim - 1)))
 
 
 class Conv2d(nn.Module):
@@ -170,9 +171,9 @@ class Conv2d(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         weight = self.param("weight", default_init(), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, weight, bias = (v.astype(self.dtype) for v in (x, weight, bias))
+        x, weight = x.astype(self.dtype), weight.astype(self.dtype)
         conv = resample.conv_upsample if self.direction == "up" else resample.conv_downsample
-        return conv(x, weight, self.fir_kernel) + bias[None, None, None]
+        return plus(conv(x, weight, self.fir_kernel), bias[None, None, None])
 
 
 class Upsample(nn.Module):
@@ -350,7 +351,7 @@ def _body(
     h = conv3x3(features, block.dtype)(h)
     if temb is not None:
         shift = dense(features, block.dtype)(block.act(temb))
-        h = h + shift[:, None, None].astype(h.dtype)
+        h = plus(h, shift[:, None, None])
     h = GroupNorm(block.dtype, block.act, groups)(h)
     if keys is not None:
         h = dropout(keys, h, block.dropout)

@@ -40,16 +40,17 @@ from diffjax.nets.embed import (
     per_sample,
     wide,
 )
+from diffjax.nets.linear import Conv, plus
 
 
 def _norm_relu(x: Array, name: str, dtype: Dtype) -> Array:
     return GroupNorm(dtype, nn.relu, epsilon=1e-5, name=name)(x)
 
 
-def _conv(features: int, name: str, dtype: Dtype, stride: int = 1) -> nn.Conv:
+def _conv(features: int, name: str, dtype: Dtype, stride: int = 1) -> Conv:
     """A 3 x 3 convolution without bias, normal weights of variance 2 / fan_out."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(
+    return Conv(
         features,
         (3, 3),
         strides=stride,
@@ -81,7 +82,7 @@ class WideResnetBlock(nn.Module):
         x = h if self.first else x
         h = _conv(self.features, "conv1", self.dtype, self.stride)(h)
         shift = nn.Dense(self.features, dtype=wide(self.dtype))(nn.swish(temb))
-        h = h + shift[:, None, None].astype(h.dtype)
+        h = plus(h, shift[:, None, None])
         h = _norm_relu(h, "bn_2", self.dtype)
         h = _conv(self.features, "conv2", self.dtype)(h)
         if self.stride > 1:

@@ -43,6 +43,7 @@ from diffjax.core.types import Array
 from diffjax.nets import frame
 from diffjax.nets.embed import Dtype, check_dtype, per_sample, wide
 from diffjax.nets.inputs import class_labels, cosine_embedding
+from diffjax.nets.linear import Dense
 
 FREQUENCIES = 256  # width of the sinusoids of eq. (2)
 
@@ -59,8 +60,8 @@ _small = nn.initializers.normal(0.02)
 _zero = nn.initializers.zeros
 
 
-def _dense(features: int, dtype: Dtype, name: str, init: Any = _xavier) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+def _dense(features: int, dtype: Dtype, name: str, init: Any = _xavier) -> Dense:
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def _layer_norm(z: Array) -> Array:

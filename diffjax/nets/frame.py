@@ -20,6 +20,8 @@ from diffjax.core.types import Array, PyTree
 from diffjax.nets.embed import check_dtype
 from diffjax.nets.recompute import recompute
 
+KEYS = "keys"  # the collection of keys of samples
+
 
 def run(net: nn.Module, block: nn.Module, *args: PyTree, remat: bool) -> Array:
     """Calls a new block of the network, which keeps its values for the backward pass.
@@ -37,10 +39,19 @@ def run(net: nn.Module, block: nn.Module, *args: PyTree, remat: bool) -> Array:
     return recompute(apply)(args[0], variables, *args[1:])
 
 
+def stream(net: nn.Module, name: str, size: int) -> Array:
+    """Keys (size,), one a sample: variables[KEYS][name] where given, else of the one in `rngs`.
+
+    Given, a sample keeps its draws whatever the batch that it is trained in.
+    """
+    if net.has_variable(KEYS, name):
+        return cast(Array, net.get_variable(KEYS, name))
+    return jax.random.split(net.make_rng(name), size)
+
+
 def dropout_keys(net: nn.Module, size: int, blocks: int) -> Iterator[Array]:
     """Keys (size,), one a sample, for each of the blocks in turn."""
-    # Samples lead, so that a sample's keys do not depend on the size of the batch.
-    keys = jax.random.split(net.make_rng("dropout"), (size, blocks))
+    keys = jax.vmap(lambda key: jax.random.split(key, blocks))(stream(net, "dropout", size))
     return (keys[:, i] for i in range(blocks))
 
 

@@ -26,6 +26,7 @@ from flax import linen as nn
 from diffjax.core import checks
 from diffjax.core.types import Array
 from diffjax.nets.embed import Dtype, check_condition, per_sample
+from diffjax.nets.frame import stream
 
 
 def cosine_embedding(label: Array, width: int) -> Array:
@@ -51,8 +52,8 @@ def class_labels(
     """The classes of a batch, (B,), -1 for none; None for a network without classes.
 
     cond: integers () or (B,), if and only if num_classes is set, up to `highest` (default K - 1).
-    drop: the probability with which a class becomes -1, from the module's key "label_dropout" and
-      the sample's place; 0 asks for no key.
+    drop: the probability with which a class becomes -1, by the stream "label_dropout" of keys
+      (`frame.stream`); 0 asks for no key.
     """
     check_condition(cond, num_classes)
     if num_classes is None or cond is None:
@@ -61,7 +62,7 @@ def class_labels(
     cond = per_sample("cond", cond, (batch,))
     if drop == 0:
         return cond
-    keys = jax.random.split(module.make_rng("label_dropout"), batch)
+    keys = stream(module, "label_dropout", batch)
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, drop))(keys)
     return jnp.where(dropped, -1, cond)
 

@@ -24,6 +24,7 @@ from diffjax.nets.embed import (
     per_sample,
     wide,
 )
+from diffjax.nets.linear import Dense
 
 
 class MLP(nn.Module):
@@ -90,8 +91,8 @@ class MLP(nn.Module):
         out = self._dense(self.out_features or x.shape[-1], self.init_scale)(self._norm_act(h))
         return out.astype(wide(self.dtype))
 
-    def _dense(self, features: int, init_scale: float = 1.0) -> nn.Dense:
-        return nn.Dense(features, dtype=self.dtype, kernel_init=default_init(init_scale))
+    def _dense(self, features: int, init_scale: float = 1.0) -> Dense:
+        return Dense(features, dtype=self.dtype, kernel_init=default_init(init_scale))
 
     def _norm_act(self, h: Array) -> Array:
         h = nn.LayerNorm(dtype=wide(self.dtype))(h)

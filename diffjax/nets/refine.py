@@ -54,6 +54,7 @@ from diffjax.core import checks
 from diffjax.core.types import Array
 from diffjax.nets import frame, resample
 from diffjax.nets.embed import Activation, Dtype, check_dtype, wide
+from diffjax.nets.linear import Conv
 
 Variant = Literal["jax", "torch"]
 
@@ -97,7 +98,7 @@ def conv(x: Array, features: int, dtype: Dtype, *, bias: bool = True, dilation: 
     def init(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    layer = nn.Conv(
+    layer = Conv(
         features,
         (3, 3),
         kernel_dilation=dilation,
@@ -201,7 +202,7 @@ class ConvMeanPool(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """(B, H, W, C) -> (B, H / 2, W / 2, features)."""
-        x = nn.Conv(self.features, (self.kernel_size, self.kernel_size), dtype=self.dtype)(x)
+        x = Conv(self.features, (self.kernel_size, self.kernel_size), dtype=self.dtype)(x)
         return resample.mean_downsample(x)
 
 

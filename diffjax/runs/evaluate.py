@@ -15,8 +15,9 @@
               to the nearest training image; each beside the held-out images' own
 
 Every figure says how many images and which weights, seed and sampler are behind it. Samples are
-drawn in batches and none is kept on disk; what was gathered of them is saved below eval/partial
-until all metrics are done, so that an evaluation that was stopped goes on.
+drawn in batches; what was gathered of them, for frechet and quality by the small classifier the
+samples themselves, is saved below eval/partial until all metrics are done, so that an evaluation
+that was stopped goes on.
 """
 
 import json
@@ -32,6 +33,7 @@ from diffjax.core.files import write_atomic
 from diffjax.runs import classifiers, hosts, judges, likelihoods
 from diffjax.runs.evaluation import Evaluation, Figures
 from diffjax.runs.model import Model, load
+from diffjax.runs.shards import Stored
 from diffjax.runs.workdir import RunError, read_config
 
 METRICS: dict[str, Callable[[Evaluation], Figures]] = {
@@ -62,9 +64,10 @@ def evaluate(
 
     Of several processes each gathers its share of the images for fid, is, kid, pr, frechet and
     quality; all find the same, and the first writes.
-    samples: an `.npz` with `images` to judge instead of drawing. options: those of `Evaluation`.
-    Raises RunError for an unknown metric, a samples file that does not fit, and for a metric whose
-    network is missing.
+    samples: an `.npz` with `images`, or a folder of shards, to judge instead of drawing. options:
+    those of `Evaluation`.
+    Raises RunError for an unknown metric, samples that do not fit, and for a metric whose network
+    is missing.
     """
     names = {**METRICS, **classifiers.METRICS}
     unknown = [m for m in metrics if m not in names]
@@ -90,17 +93,26 @@ def evaluate(
     return found
 
 
-def _read_samples(path: str | Path, model: Model) -> np.ndarray:
-    """The images of an `.npz`. Raises RunError where they are not this model's kind."""
+def _read_samples(path: str | Path, model: Model) -> np.ndarray | Stored:
+    """Images of an `.npz` or in shards. Raises RunError where they are not this model's kind."""
     from diffjax.data import array_source
 
-    try:
-        source = array_source(path, levels=model.parts.quantisation.levels)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"The samples do not fit: {error}") from error
-    if tuple(source.info.shape) != tuple(model.parts.image_shape):
+    levels = model.parts.quantisation.levels
+    images: np.ndarray | Stored
+    if Path(path).is_dir():
+        images = Stored(path)
+        shape, found = images.shards.shape, images.shards.levels
+        if found != levels:
+            raise RunError(f"{path} holds images of {found} levels; the model's have {levels}.")
+    else:
+        try:
+            source = array_source(path, levels=levels)
+        except (ValueError, TypeError) as error:
+            raise RunError(f"The samples do not fit: {error}") from error
+        images, shape = source.images, source.info.shape
+    if tuple(shape) != tuple(model.parts.image_shape):
         raise RunError(
-            f"{path} holds images of shape {source.info.shape}; the model's are "
+            f"{path} holds images of shape {tuple(shape)}; the model's are "
             f"{model.parts.image_shape}."
         )
-    return source.images
+    return images

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 from diffjax import builders
 from diffjax.core import random
 from diffjax.metrics import classifier
-from diffjax.runs import extractors, hosts, stats
+from diffjax.runs import digests, extractors, hosts, stats
 from diffjax.runs.extractors import Extractor
 from diffjax.runs.gather import Gathered, gather
 from diffjax.runs.model import Model
+from diffjax.runs.shards import Shards, Stored, claim
 from diffjax.runs.workdir import RunError
 
 Figures = dict[str, Any]
@@ -26,10 +28,11 @@ class Evaluation:
     """Made once when first asked for, and kept.
 
     seed: of everything drawn here. num: images to sample. limit: held-out images for likelihoods.
-    samples: uint8 levels to judge instead of drawing them. inception, feature_net: files of
-    weights, see `runs.extractors`. inception_input: how images reach Inception. reference: a file
-    of statistics instead of the training split's. splits: of the Inception Score. repeats,
-    probe_repeats: of bits/dim. folder: where parts of a long evaluation are kept; None keeps none.
+    samples: uint8 levels, or shards of them, to judge instead of drawing any. inception,
+    feature_net: files of weights, see `runs.extractors`. inception_input: how images reach
+    Inception. reference: a file of statistics instead of the training split's. splits: of the
+    Inception Score. repeats, probe_repeats: of bits/dim. folder: where parts of a long evaluation
+    are kept; None keeps none.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Evaluation:
         seed: int = 0,
         num: int | None = None,
         limit: int | None = None,
-        samples: np.ndarray | None = None,
+        samples: np.ndarray | Stored | None = None,
         inception: str | Path | None = None,
         inception_input: str = "pytorch_fid",
         feature_net: str | Path | None = None,
@@ -96,17 +99,44 @@ class Evaluation:
         return None if classes is None else np.arange(self.num) % classes
 
     def samples(self) -> np.ndarray:
-        """The samples to judge, all at once, uint8 levels."""
+        """The samples to judge, all at once, uint8 levels; from where a call was stopped."""
 
         def draw():
-            if hosts.count() > 1:
-                batches = self.sample_batches()
-                pairs = [batches[k] for k in hosts.share(len(batches))]
-                return hosts.in_order([images[mask] for images, mask in pairs], len(batches))
-            key = jax.random.fold_in(self.key, 1)
-            return self.model.sample(key, self.num, labels=self.labels(), **self.sampling)
+            batches = self.sample_batches()
+            kept = self._kept(batches)
+            own, done = [], 0
+            for k in hosts.share(len(batches)):
+                if kept is not None and kept.entry(k) is not None:
+                    own.append(kept.read(k))
+                else:
+                    images, mask = batches[k]
+                    own.append(images[mask])
+                    if kept is not None:
+                        kept.write(k, own[-1], None)
+                done += len(own[-1])
+                self._progress(done)
+            return hosts.in_order(own, len(batches))
 
-        return self._samples if self._samples is not None else self._once("samples", draw)
+        if self._samples is not None:
+            return self._samples[np.arange(len(self._samples))]
+        return self._once("samples", draw)
+
+    def _kept(self, batches: "SampleBatches") -> Shards | None:
+        """Where the batches are kept until the evaluation ends; those of other samples are not."""
+        if self.folder is None:
+            return None
+        folder = self.folder / "partial" / "images"
+        if hosts.count() > 1:
+            folder = folder / f"process_{hosts.index()}_of_{hosts.count()}"
+        parts = self.model.parts
+        shape, levels = parts.image_shape, parts.quantisation.levels
+        kept = Shards(folder, "npz", batches.num, batches.size, shape, levels)
+        try:
+            claim(kept, batches.fingerprint())
+        except RunError:
+            shutil.rmtree(folder)
+            claim(kept, batches.fingerprint())
+        return kept
 
     def sample_batches(self) -> "SampleBatches":
         """The same samples batch by batch, drawn when asked for and not kept."""
@@ -223,17 +253,17 @@ def _short(extractor: Extractor) -> str:
 class SampleBatches:
     """The samples of an evaluation as (images, mask), each batch a function of its number."""
 
-    def __init__(self, run: Evaluation, given: np.ndarray | None):
+    def __init__(self, run: Evaluation, given: np.ndarray | Stored | None):
         self._run, self._given = run, given
         self.num = run.num if given is None else len(given)
-        self._size = min(self.num, run.model.config.eval.batch_size)
+        self.size = min(self.num, run.model.config.eval.batch_size)
 
     def __len__(self) -> int:
-        return -(-self.num // self._size)
+        return -(-self.num // self.size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         run = self._run
-        places = index * self._size + np.arange(self._size)
+        places = index * self.size + np.arange(self.size)
         mask = places < self.num
         # The tail is filled with repeats, so that every batch is one compiled shape.
         places = np.minimum(places, self.num - 1)
@@ -243,23 +273,22 @@ class SampleBatches:
         labels = run.labels()
         labels = None if labels is None else labels[places]
         images = run.model.sample(
-            keys, self._size, labels=labels, batch_size=self._size, **run.sampling
+            keys, self.size, labels=labels, batch_size=self.size, **run.sampling
         )
         return images, mask
 
     def fingerprint(self) -> dict[str, Any]:
         """What the samples depend on, as plain values."""
         if self._given is not None:
-            digest = hashlib.sha256(self._given.tobytes()).hexdigest()
-            return {"images_sha256": digest, "batch_size": self._size}
-        weights = hashlib.sha256()
-        for leaf in jax.tree.leaves(self._run.model.params):
-            weights.update(np.asarray(leaf).tobytes())
+            given = self._given
+            digest = given.digest if isinstance(given, Stored) else digests.of_tree(given)
+            return {"images": digest, "batch_size": self.size}
+        sampling = sorted(self._run.sampling.items())
         return {
             "step": self._run.model.step,
-            "weights_sha256": weights.hexdigest(),
+            "weights_sha256": digests.of_tree(self._run.model.params),
             "seed": self._run.seed,
             "num": self.num,
-            "batch_size": self._size,
-            "sampling": {k: repr(v) for k, v in sorted(self._run.sampling.items())},
+            "batch_size": self.size,
+            "sampling": {k: digests.without_addresses(repr(v)) for k, v in sampling},
         }

@@ -11,11 +11,9 @@ Where there are several processes (`jax.distributed.initialize`), each does its 
 (`runs.hosts`), keeps its own state, and all merge their sums in the order of the processes: every
 process returns the same. The sums keep their rounding errors, so their number hardly shows.
 
-The digest of images is the sum modulo 2^256 of SHA-256(i, image i), i as 8 bytes, the least first:
-it can be saved, merged, and depends neither on the batches nor on the processes.
+The digest of the images (`runs.digests`) is summed along.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from jax.sharding import Mesh
 
 from diffjax.core.types import PyTree
 from diffjax.metrics import classifier_score, moments
-from diffjax.runs import hosts
+from diffjax.runs import digests, hosts
 from diffjax.runs.extractors import Extractor, write_npz
 from diffjax.train.mesh import batch_sharding, make_mesh, replicated
 
@@ -115,7 +113,7 @@ def gather(
         # Laid out alike in every call, so that going on computes what going through does.
         sums = jax.device_put(sums, replicated(mesh))
         sums, features = _add(sums, call, *(_placed(mesh, x) for x in (images, mask, split)))
-        digest = (digest + _digest(places[mask], images[mask])) % 2**256
+        digest = (digest + digests.of_images(places[mask], images[mask])) % digests.MODULUS
         count += int(mask.sum())
         if keep:
             unsaved.append(np.asarray(features)[mask])
@@ -136,7 +134,7 @@ def _merged(sums: PyTree, count: int, digest: int, rows: np.ndarray | None) -> G
     for others, _, _ in parts[1:]:
         merged = _merge(merged, others)
     num = sum(int(n) for _, n, _ in parts)
-    digest = sum(int.from_bytes(d.tobytes()) for _, _, d in parts) % 2**256
+    digest = sum(int.from_bytes(d.tobytes()) for _, _, d in parts) % digests.MODULUS
     return Gathered(num, merged[0], merged[1], digest.to_bytes(32).hex(), rows)
 
 
@@ -144,14 +142,6 @@ def _placed(mesh: Mesh, leaf: Any) -> jax.Array:
     """A batch over the devices of this process, where it splits evenly; else a copy on each."""
     even = leaf.shape[0] % mesh.size == 0
     return jax.device_put(leaf, batch_sharding(mesh) if even else replicated(mesh))
-
-
-def _digest(places: np.ndarray, images: np.ndarray) -> int:
-    """The sum of the images' hashes, each with its place."""
-    images = np.ascontiguousarray(images)
-    parts = zip(places, images, strict=True)
-    hashes = (hashlib.sha256(int(i).to_bytes(8, "little") + image.tobytes()) for i, image in parts)
-    return sum(int.from_bytes(found.digest()) for found in hashes)
 
 
 def _save(

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from diffjax import builders
 from diffjax.likelihood import BitsPerDim, score_sde_protocol, summarise, variational_bound
 from diffjax.metrics import quality
+from diffjax.runs import digests
 from diffjax.runs.evaluation import Evaluation, Figures
 from diffjax.runs.extractors import write_npz
 from diffjax.solvers.adaptive import PIController
@@ -65,7 +68,7 @@ def bpd(run: Evaluation) -> Figures:
 
 
 def _solve(run: Evaluation, images: np.ndarray, labels: np.ndarray | None) -> BitsPerDim:
-    """Bits/dim of all images, in batches of one compiled shape."""
+    """Bits/dim of all images, in batches of one compiled shape, from where a call was stopped."""
     tolerance = run.model.config.eval.tolerance
     options: dict[str, Any] = {
         "controller": PIController(rtol=tolerance, atol=tolerance),
@@ -79,16 +82,33 @@ def _solve(run: Evaluation, images: np.ndarray, labels: np.ndarray | None) -> Bi
         jax.random.fold_in(run.key, 4), jnp.arange(len(images))
     )
     size = min(len(images), run.model.config.eval.batch_size)
-    draws: list[Any] = []
-    nfe: list[Any] = []
+    settings = digests.without_addresses(repr((size, sorted(options.items()))))
+    made_of = digests.of_tree((run.model.params, keys, images, labels, settings))
+    folder = None if run.folder is None else run.folder / "partial" / f"bpd_{made_of[:16]}"
+    found = []
     for start in range(0, len(images), size):
         index = np.minimum(np.arange(start, start + size), len(images) - 1)
-        classes = {} if labels is None else {"labels": labels[index]}
-        result = score(keys[index], images[index], **classes)
         real = np.arange(start, start + size) < len(images)
-        draws.append(result.draws[real])
-        nfe.append(result.nfe[real])
-    return summarise(jnp.concatenate(draws), jnp.concatenate(nfe))
+
+        def solve(index: np.ndarray = index, real: np.ndarray = real) -> dict[str, np.ndarray]:
+            classes = {} if labels is None else {"labels": labels[index]}
+            result = score(keys[index], images[index], **classes)
+            return {"draws": np.asarray(result.draws)[real], "nfe": np.asarray(result.nfe)[real]}
+
+        found.append(_kept(None if folder is None else folder / f"{start:08d}.npz", solve))
+    draws, nfe = (jnp.concatenate([part[name] for part in found]) for name in ("draws", "nfe"))
+    return summarise(draws, nfe)
+
+
+def _kept(path: Path | None, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What the file holds; made and written where it is not there."""
+    if path is not None and path.is_file():
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    arrays = make()
+    if path is not None:
+        write_npz(path, arrays)
+    return arrays
 
 
 def bound(run: Evaluation) -> Figures:

@@ -29,6 +29,7 @@ from diffjax.solvers import (
     Solver,
     encode,
     grids,
+    sample_with_restarts,
     slerp,
     solve_adaptive,
     temper,
@@ -38,6 +39,7 @@ from diffjax.solvers.ode import check_flow
 
 _draw = jax.jit(sample, static_argnames="save")
 _flow = jax.jit(solve_adaptive, static_argnames="method")
+_restarting = jax.jit(sample_with_restarts)
 _encode = jax.jit(encode)
 
 
@@ -147,42 +149,36 @@ class Model:
     ) -> Result:
         """One batch from a latent, or the prior, through the solver, as `solvers.sample` returns.
 
-        Raises RunError for `save` with an adaptive solver.
+        Raises RunError for `save` with an adaptive solver or restarts.
         """
         x = self.prior(keys) if latent is None else latent
         # A number means one program, whether it came as a Python, NumPy or JAX scalar.
         denoise, solver, process = canonical(
             (self._denoiser(cond, guide, plan), plan.solver, self.parts.process)
         )
-        if not isinstance(solver, AdaptiveFlow):
-            # Padded, another number of steps is the same program; a path is kept as it is.
-            times, n_steps = (plan.times, None) if save is not None else grids.padded(plan.times)
-            return _draw(
+        adaptive = isinstance(solver, AdaptiveFlow)
+        if save is not None and (adaptive or plan.restarts):
+            raise RunError(
+                "An adaptive solve, or one with restarts, has no grid to keep states of; choose a "
+                "solver of a grid, such as solver='heun', without."
+            )
+        if adaptive:
+            return _flow(
                 keys,
                 denoise,
                 x,
-                times,
-                n_steps=n_steps,
-                solver=solver,
+                *plan.times,
                 process=process,
+                method=solver.method,
+                controller=solver.controller,
                 final=plan.final,
-                save=save,
             )
-        if save is not None:
-            raise RunError(
-                "An adaptive solve has no grid to keep states of; choose a solver of a grid, such "
-                "as solver='heun'."
-            )
-        return _flow(
-            keys,
-            denoise,
-            x,
-            *plan.times,
-            process=process,
-            method=solver.method,
-            controller=solver.controller,
-            final=plan.final,
-        )
+        given: dict[str, Any] = {"solver": solver, "process": process, "final": plan.final}
+        if plan.restarts:
+            return _restarting(keys, denoise, x, plan.times, restarts=plan.restarts, **given)
+        # Padded, another number of steps is the same program; a path is kept as it is.
+        times, n_steps = (plan.times, None) if save is not None else grids.padded(plan.times)
+        return _draw(keys, denoise, x, times, n_steps=n_steps, save=save, **given)
 
     def restore(
         self,
@@ -377,18 +373,18 @@ def _batches(num: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
         yield start, np.minimum(np.arange(start, start + size), num - 1)
 
 
-def load(workdir: str | Path, *, step: int | None = None) -> Model:
+def load(workdir: str | Path, *, step: int | None = None, ema: str = "main") -> Model:
     """The averaged weights of a run's checkpoint, by default the newest.
 
-    Raises RunError where the directory is no workdir or holds a classifier, CheckpointError where
-    no checkpoint can be read.
+    ema: which of the averages, "main" or a name in config.ema.others. Raises RunError where the
+    directory is no workdir or holds a classifier, CheckpointError where no checkpoint can be read.
     """
     if builders.is_classifier(read_config(workdir)):
         raise RunError(
             f"{workdir} holds a classifier, which draws nothing: load it with "
             "diffjax.load_classifier, and guide a model with it."
         )
-    return Model(*read_weights(workdir, step))
+    return Model(*read_weights(workdir, step, ema))
 
 
 class Restored(NamedTuple):
@@ -400,7 +396,7 @@ class Restored(NamedTuple):
     step: int
 
 
-def read_weights(workdir: str | Path, step: int | None = None) -> Restored:
+def read_weights(workdir: str | Path, step: int | None = None, ema: str = "main") -> Restored:
     """The averaged weights of a run's checkpoint with their config. Raises as `load`."""
     from diffjax.train.checkpoint import Checkpointer
     from diffjax.train.state import abstract
@@ -410,5 +406,5 @@ def read_weights(workdir: str | Path, step: int | None = None) -> Restored:
     shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with Checkpointer(workdir, writable=False) as checkpointer:
-        params, meta = checkpointer.restore_ema(abstract(shapes, device), step)
+        params, meta = checkpointer.restore_ema(abstract(shapes, device), step, ema)
     return Restored(config, parts, params, meta.step)

@@ -13,7 +13,12 @@ from diffjax.core.files import write_atomic
 
 def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
     """Levels 0 .. levels-1 stretched to 0 .. 255, uint8."""
-    return np.round(images.astype(np.float64) * 255 / (levels - 1)).astype(np.uint8)
+    return np.round(np.arange(levels) * 255 / (levels - 1)).astype(np.uint8)[images]
+
+
+def to_levels(shown: np.ndarray, levels: int) -> np.ndarray:
+    """What `to_bytes` made these bytes of."""
+    return np.round(np.arange(256) * (levels - 1) / 255).astype(np.uint8)[shown]
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.ndarray:

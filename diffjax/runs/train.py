@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from jax.sharding import Mesh
 from diffjax import builders
 from diffjax.core.random import sample_keys
 from diffjax.core.types import Key
-from diffjax.runs import pictures
+from diffjax.runs import distributed, divergence, hosts, init_from, pictures, reading, speed
 from diffjax.runs.model import Model
-from diffjax.runs.workdir import claim, plain
+from diffjax.runs.update import build_update
+from diffjax.runs.workdir import plain, versioned
 
 _log = logging.getLogger(__name__)
 
@@ -29,113 +31,177 @@ class Outcome(NamedTuple):
     finished: bool
 
 
-def train(config: Any, workdir: str | Path, *, show_progress: bool = True) -> Outcome:
+def train(
+    config: Any,
+    workdir: str | Path,
+    *,
+    show_progress: bool = True,
+    report: Callable[[str], None] = _log.info,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
     """Trains to `config.training.n_iters` updates, from the newest checkpoint if there is one.
 
     The figures go to metrics.jsonl and TensorBoard, checkpoints to checkpoints/, pictures to
-    samples/ and, at the end, loss.png. SIGTERM or Ctrl-C saves before leaving. Runs on all devices,
-    the batch split over them. The number of updates is rounded up to a multiple of
-    `n_jitted_steps`, as in the reference code.
+    samples/ and, at the end, loss.png. SIGTERM or Ctrl-C saves before leaving. Runs on the mesh of
+    `config.mesh`, by default all devices with the batch split over them. The number of updates is
+    rounded up to a multiple of `n_jitted_steps`, as in the reference code. report: takes the table
+    of what was loaded where the run begins with `config.training.init_from`. profile: (first,
+    last), the steps between which a profiler's trace is written to profile/.
 
     Raises RunError or BuildError for a config or workdir that does not fit, CheckpointError for
-    checkpoints that cannot be restored, Diverged where the loss is not finite.
+    checkpoints that cannot be restored, Diverged where the loss or its gradient is not finite and
+    `config.training.on_divergence` knows no way on (`runs.divergence`), SaveError where a
+    checkpoint cannot be written: the ones before are then whole, and training goes on from there.
     """
-    from diffjax.data import prefetch
-    from diffjax.train import checkpoint, loop, mesh, preempt, telemetry
+    from diffjax.train import checkpoint, telemetry, tracing
 
     workdir, training = Path(workdir), config.training
-    job = _prepare(config, workdir)
+    policy = divergence.build_policy(config)
+    job = prepare(config, workdir)
     k = training.n_jitted_steps
     n_steps = -(-training.n_iters // k) * k
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(
-            checkpoint.Checkpointer(workdir, keep_every=training.snapshot_freq)
-        )
-        current = _current_state(job, config, checkpointer)
-        start = int(current.step)
-        if start:
-            _log.info("Going on from step %d in %s.", start, workdir)
-        writer = stack.enter_context(_writers(workdir, start))
+        checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, **job.keep))
+        start = checkpointer.latest_step() or 0
         progress = (
             stack.enter_context(telemetry.progress_bar(n_steps, step=start))
-            if show_progress
+            if show_progress and hosts.is_first()
             else telemetry.no_progress
         )
-        result = loop.fit(
-            current,
-            mesh.dispatch_batches(job.devices, prefetch(job.batches, start=start), k),
-            step_fn=job.step_fn,
-            n_steps=n_steps,
-            n_jitted_steps=k,
-            log_every=training.log_freq,
-            writer=writer,
-            progress=progress,
-            hooks=_hooks(config, job.parts, workdir, writer),
-            save=lambda at, state: checkpointer.save(
-                at, state, position=job.batches.position(at), config=plain(config)
-            ),
-            checkpoint_every=training.snapshot_freq_for_preemption,
-            stop=stack.enter_context(preempt.stop_on_signals()),
-        )
+        options: dict[str, Any] = {
+            "n_steps": n_steps,
+            "n_jitted_steps": k,
+            "progress": progress,
+            "stop": stack.enter_context(distributed.stop_requested(start, k)),
+            "machine": speed.machine(config, job.parts, job.devices),
+        }
+        if profile is not None:
+            traced = tracing.trace_steps(workdir / "profile", *profile)
+            options["tracer"] = stack.enter_context(traced)
+        course = divergence.Course(policy, workdir, job.batches, k)
+        with distributed.losses_end():
+            result = course.run(
+                lambda: _attempt(job, config, workdir, checkpointer, course, report, options)
+            )
         checkpointer.wait()
-    if result.finished and jax.process_index() == 0:
+    if result.finished and hosts.is_first():
         rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
         pictures.write_figure(workdir / "loss.png", pictures.curves(rows, ("loss", "eval_loss")))
     return Outcome(int(result.state.step), result.finished)
 
 
-class _Job(NamedTuple):
+def _attempt(
+    job: "Job",
+    config: Any,
+    workdir: Path,
+    checkpointer: Any,
+    course: divergence.Course,
+    report: Callable[[str], None],
+    options: dict[str, Any],
+) -> Any:
+    """Trains from the newest checkpoint to the end, a stop or Diverged. options: of `loop.fit`."""
+    from diffjax.train import keep, loop, telemetry
+
+    training = config.training
+    figures = keep.Newest(training.keep.metric)
+    save = functools.partial(_save, config, checkpointer, course, figures)
+    current, position = _current_state(job, config, checkpointer, save, report)
+    start = int(current.step)
+    if start:
+        _log.info("Going on from step %d in %s.", start, workdir)
+    batches = course.begin(start, current.key, position)
+    with (
+        reading.groups(config, job.devices, batches, start) as groups,
+        _writers(workdir, start) as files,
+    ):
+        writer = telemetry.MultiWriter([files, figures])
+        return loop.fit(
+            current,
+            groups,
+            step_fn=job.step_fn,
+            log_every=training.log_freq,
+            writer=writer,
+            hooks=_hooks(config, job.parts, workdir, writer),
+            save=save,
+            checkpoint_every=training.snapshot_freq_for_preemption,
+            tolerance=course.tolerance(start),
+            **options,
+        )
+
+
+class Job(NamedTuple):
     """What a config and a workdir say of a run, before there is a state."""
 
     parts: builders.Parts
     devices: Mesh
-    optimizer: Any
+    create: Any  # key, leaves of other weights by name -> the state before the first update
+    like: Any  # such a state's shapes, types and places
     batches: Any
+    loss_fn: Any
     step_fn: Any
+    keep: Any  # which checkpoints stay
+    start: init_from.Start | None  # weights to begin with
 
 
-def _prepare(config: Any, workdir: Path) -> _Job:
+def prepare(config: Any, workdir: Path) -> Job:
     """Builds and checks everything, and only then claims the workdir."""
     from diffjax.data import TrainBatches, in_memory
-    from diffjax.train import mesh, step
+    from diffjax.train import mesh
 
     parts = builders.build_parts(config)
     source = builders.build_source(config, "train")
-    optimizer, schedule = builders.build_optimizer(config)
     if not builders.is_classifier(config):
         builders.build_sampling(config, parts.process)  # a sampler that does not fit fails now
-    devices = mesh.make_mesh()
-    mesh.check_batch_size(devices, config.training.batch_size)
-    step_fn = step.compile_step(
-        devices,
-        loss_fn=builders.build_loss(config, parts, train=True),
-        optimizer=optimizer,
-        ema=builders.build_ema(config),
-        schedule=schedule,
-    )
-    claim(workdir, config)
+    builders.build_reading(config)
+    devices = builders.build_mesh(config)
+    made = build_update(config, parts, devices)
+    keep = builders.build_keep(config)
+    start = init_from.wanted(config, workdir, made.like.params)
+    distributed.check_alike("config", json.dumps(plain(config), sort_keys=True))
+    distributed.claim_together(workdir, config)
+    share = mesh.batch_share(devices)
     batches = TrainBatches(
         in_memory(source) if _fits(source.info) else source,
         batch_size=config.training.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.part,
+        process_count=share.parts,
     )
-    return _Job(parts, devices, optimizer, batches, step_fn)
+    update = made._asdict()
+    return Job(parts, devices, batches=batches, keep=keep, start=start, **update)
 
 
-def _current_state(job: _Job, config: Any, checkpointer: Any) -> Any:
-    """A new state, or the newest checkpoint's with the data at its position, on the devices."""
-    from diffjax.train import mesh, state
+def _save(
+    config: Any,
+    checkpointer: Any,
+    course: divergence.Course,
+    figures: Any,
+    step: int,
+    state: Any,
+) -> None:
+    """Saves a checkpoint with all that a run needs to go on."""
+    position, stored = course.position(step), versioned(config)
+    checkpointer.save(step, state, position=position, config=stored, figures=figures.of(step))
 
-    key = jax.random.key(config.seed)
-    create = functools.partial(_initial_state, job.parts, job.optimizer)
-    sharding = mesh.replicated(job.devices)
+
+def _current_state(
+    job: Job, config: Any, checkpointer: Any, save: Any, report: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """A new state and None, or the newest checkpoint's and its data's position, on the devices."""
     if checkpointer.latest_step() is None:
-        return jax.jit(create, out_shardings=sharding)(key)
-    current, meta = checkpointer.restore(state.abstract(jax.eval_shape(create, key), sharding))
+        layout = jax.tree.map(lambda leaf: leaf.sharding, job.like)
+        create = jax.jit(job.create, out_shardings=layout)
+        key = jax.random.key(config.seed)
+        if job.start is None:
+            return create(key), None
+        if hosts.is_first():
+            report(job.start.table())
+        begun = create(key, job.start.leaves)
+        save(0, begun)  # from here on the source is not needed
+        return begun, None
+    current, meta = checkpointer.restore(job.like)
     job.batches.resume(meta.position)
-    return current
+    return current, meta.position
 
 
 def _fits(info: Any, limit: int = 2**31) -> bool:
@@ -143,20 +209,12 @@ def _fits(info: Any, limit: int = 2**31) -> bool:
     return info.size * int(np.prod(info.shape)) <= limit
 
 
-def _initial_state(parts: builders.Parts, optimizer: Any, key: Key) -> Any:
-    """The state before the first update."""
-    from diffjax.train import state
-
-    params_key, run_key = jax.random.split(key)
-    return state.create_state(run_key, parts.init_params(params_key), optimizer)
-
-
 @contextlib.contextmanager
 def _writers(workdir: Path, start: int) -> Iterator[Any]:
     """The metric writers of the main process; none elsewhere."""
     from diffjax.train import telemetry
 
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         yield telemetry.MultiWriter()
         return
     writer = telemetry.MultiWriter(
@@ -185,6 +243,7 @@ def _hooks(config: Any, parts: builders.Parts, workdir: Path, writer: Any) -> li
 def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
     """A hook: the averaged weights' loss on one held-out batch, drawn anew at each call."""
     from diffjax.data import TrainBatches
+    from diffjax.train.sharding import on_one_device
 
     source = builders.build_source(config, "eval")
     size = min(config.eval.batch_size, len(source))
@@ -194,7 +253,8 @@ def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
 
     def run(step: int, state: Any) -> None:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        value = mean_loss(state.ema, key, batches[step // config.training.eval_freq])
+        weights = on_one_device(state.ema["main"])
+        value = mean_loss(weights, key, batches[step // config.training.eval_freq])
         writer.write_scalars(step, {"eval_loss": float(value)})
 
     return run
@@ -202,15 +262,29 @@ def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
 
 def _snapshot(config: Any, parts: builders.Parts, workdir: Path, writer: Any) -> Any:
     """A hook: samples of the averaged weights as samples/<step>.png; the same keys each time."""
+    from diffjax.train.sharding import on_one_device
 
     def run(step: int, state: Any) -> None:
-        model = Model(config, parts, state.ema, step)
+        model = Model(config, parts, on_one_device(state.ema["main"]), step)
         num = min(64, config.eval.num_samples)
-        keys = sample_keys(jax.random.key(config.seed), num)
-        labels = None if parts.num_classes is None else np.arange(num) % parts.num_classes
-        images = model.sample(keys, num, labels=labels)
+        images = _drawn_together(model, sample_keys(jax.random.key(config.seed), num))
         grid = pictures.grid(pictures.to_bytes(images, parts.quantisation.levels))
-        pictures.write_png(workdir / "samples" / f"{step}.png", grid)
+        if hosts.is_first():
+            pictures.write_png(workdir / "samples" / f"{step}.png", grid)
         writer.write_images(step, {"samples": grid[None]})
 
     return run
+
+
+def _drawn_together(model: Model, keys: Key) -> np.ndarray:
+    """An image a key, uint8 levels, each process drawing its part of them."""
+    classes, num = model.parts.num_classes, len(keys)
+    labels = None if classes is None else np.arange(num) % classes
+    size = -(-num // hosts.count())
+    starts = range(0, num, size)
+    own = []
+    for k in hosts.share(len(starts)):
+        rows = np.arange(starts[k], min(starts[k] + size, num))
+        given = None if labels is None else labels[rows]
+        own.append(model.sample(keys[rows], len(rows), labels=given))
+    return hosts.in_order(own, len(starts))

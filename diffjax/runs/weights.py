@@ -32,7 +32,7 @@ from diffjax.core import checks, tensorfile
 from diffjax.core.types import Array, PyTree
 from diffjax.interop import check as self_check
 from diffjax.interop import diffusers, dit, edm, guided_diffusion, native, score_sde
-from diffjax.runs.workdir import RunError, claim, plain
+from diffjax.runs.workdir import RunError, claim, plain, versioned
 
 Says = Mapping[str, Mapping[str, Any]]
 
@@ -147,7 +147,7 @@ def import_weights(
     report = _checked(config, parts, params) if check else None
     if report is not None and not report.passed:
         raise RunError(f"{report.summary()} Nothing was written; --nocheck imports all the same.")
-    _write(config, workdir, params, read.step)
+    write(config, workdir, params, read.step)
     return Imported(read.step, report)
 
 
@@ -223,16 +223,17 @@ def _data(config: Any, parts: builders.Parts, size: int) -> tuple[Array | None, 
     return x0, None if labels is None else jnp.asarray(labels, jnp.int32)
 
 
-def _write(config: Any, workdir: Path, params: PyTree, step: int) -> None:
-    """config.json and one checkpoint, whose averaged weights are the imported ones."""
+def write(config: Any, workdir: Path, params: PyTree, step: int) -> None:
+    """Writes config.json and one checkpoint, whose weights and averages all are `params`."""
     from diffjax.train import checkpoint, state
 
     optimizer, _ = builders.build_optimizer(config)
     claim(workdir, config)
-    fresh = state.create_state(jax.random.key(config.seed), params, optimizer)
+    tracks = builders.build_ema(config)
+    fresh = state.create_state(jax.random.key(config.seed), params, optimizer, tracks=tracks)
     fresh = state.TrainState(
         jnp.asarray(step, jnp.int32), fresh.params, fresh.opt_state, fresh.ema, fresh.key
     )
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        checkpointer.save(step, fresh, position={}, config=plain(config))
+        checkpointer.save(step, fresh, position={}, config=versioned(config))
         checkpointer.wait()

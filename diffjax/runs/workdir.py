@@ -9,6 +9,10 @@
 
 A config lies in the package (`vp/cifar10_ddpmpp_continuous`) or anywhere (`path/to/file.py`): a
 Python file with `get_config()`, optionally taking one string given after a colon (`digits:quick`).
+
+Stored configs, here and in checkpoints, carry a schema version. A field that came later than a
+config has the default of `configs/common.py`, which does what was done before there was the field;
+a field that changed its name or meaning has a function in `MIGRATIONS`.
 """
 
 import contextlib
@@ -18,19 +22,35 @@ import importlib.util
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffjax.core.files import write_atomic
+from diffjax.version import __version__
 
-SCHEMA = 1  # of config.json; a change that old readers cannot read adds one
+SCHEMA = 2  # of stored configs; a change that old readers cannot read, or would overlook, adds one
+
+# The sections whose fields all configs have; the fields of others depend on the `name` in them.
+_FIXED_SECTIONS = ("training", "eval")
 
 
 class RunError(ValueError):
     """A request that a run cannot serve; the message is for people."""
+
+
+def _from_1(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {
+        "optim": {"moment_dtype": "float32"} | config.get("optim", {}),
+        "data": {"workers": 0, "ahead": 2, "placed": 1} | config.get("data", {}),
+    }
+
+
+# From each earlier schema to the next: fields whose name or meaning changed, or whose section has
+# other fields in other configs.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 
 
 def config_directory() -> Path:
@@ -77,15 +97,22 @@ def load_config(name: str) -> ConfigDict:
         raise RunError(
             f"There is no config {name!r}: neither a file nor shipped.{hint} `diffjax` lists all."
         )
+    with _module(path) as module:
+        if not hasattr(module, "get_config"):
+            raise RunError(f"{path} must define get_config() returning a ConfigDict.")
+        config = module.get_config(argument) if argument else module.get_config()
+    return config.lock()
+
+
+@contextlib.contextmanager
+def _module(path: Path) -> Iterator[Any]:
+    """The module in a file of configs, which may import its neighbours while this is open."""
     with _importable_configs(path):
         spec = importlib.util.spec_from_file_location("diffjax_config", path)
         assert spec is not None and spec.loader is not None  # the file exists and ends in .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise RunError(f"{path} must define get_config() returning a ConfigDict.")
-        config = module.get_config(argument) if argument else module.get_config()
-    return config.lock()
+        yield module
 
 
 @contextlib.contextmanager
@@ -134,12 +161,39 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise RunError(f"{workdir} is not a diffjax workdir: it has no config.json. Train first.")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        schema, config = stored["schema"], stored["config"]
+        schema, config = stored["schema"], dict(stored["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}); restore it, or use a new workdir.") from error
-    if schema != SCHEMA:
-        raise RunError(f"{path} has schema {schema}; this diffjax reads {SCHEMA}. Use its version.")
-    return ConfigDict(config).lock()
+    if schema not in (*MIGRATIONS, SCHEMA):
+        raise RunError(
+            f"{path} has schema {schema}; this diffjax {__version__} reads 1 to {SCHEMA}. Use the "
+            "version that wrote it."
+        )
+    return ConfigDict(_migrated(schema, config)).lock()
+
+
+def versioned(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values with its schema: what is stored."""
+    return {"schema": SCHEMA, "config": plain(config)}
+
+
+def _migrated(schema: int, config: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier schema as one of this; later fields have their defaults."""
+    for number in range(schema, SCHEMA):
+        config = MIGRATIONS[number](config)
+    with _module(config_directory() / "common.py") as module:
+        defaults = plain(module.base())
+    missing = {name: section for name, section in defaults.items() if name not in config}
+    known = {name: defaults[name] | config[name] for name in _FIXED_SECTIONS if name in config}
+    return config | missing | known
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain config without what changes no number: the mesh, and how batches are read ahead."""
+    data = dict(config.get("data", {}))
+    for name in ("workers", "ahead", "placed"):
+        data.pop(name, None)
+    return config | {"mesh": None, "data": data}
 
 
 def claim(workdir: str | Path, config: Any) -> None:
@@ -149,9 +203,9 @@ def claim(workdir: str | Path, config: Any) -> None:
     cannot be written.
     """
     path = Path(workdir) / "config.json"
-    wanted = plain(config)
     if path.exists():
-        changed = differences(plain(read_config(workdir)), wanted)
+        known, wanted = plain(read_config(workdir)), plain(config)
+        changed = differences(_computed(known), _computed(wanted))
         if changed:
             raise RunError(
                 f"{workdir} belongs to another config ({'; '.join(changed[:5])}"
@@ -160,7 +214,7 @@ def claim(workdir: str | Path, config: Any) -> None:
             )
         return
     try:
-        write_atomic(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=2) + "\n")
+        write_atomic(path, json.dumps(versioned(config), indent=2) + "\n")
     except OSError as error:
         raise RunError(
             f"Cannot write {workdir} ({error.strerror}); choose another workdir."

@@ -121,7 +121,7 @@ def sample_with_restarts(
     check_solve(denoise, times, solver, process, final)
     keys = random.sample_keys(key, batch_size(x))
     path = restart_path(times, restarts)
-    _check_path(path, times)
+    check_restarts(times, restarts)
     state = solver.init(process, x, times[0])
     check_one_step(solver, state, "a restart")
 
@@ -150,8 +150,9 @@ def _stay(process: Process, keys: Key, state: Any, at: Path) -> Any:
     return state
 
 
-def _check_path(path: Path, times: Array) -> None:
-    """Raises ValueError for a main grid that increases or a restart that does not go up."""
+def check_restarts(times: Array, restarts: Sequence[Restart]) -> None:
+    """Raises what `sample_with_restarts` would for these times: call it before a jitted one."""
+    path = restart_path(times, restarts)
     known = [checks.concrete(part) for part in (path.start, path.end, times)]
     start, end, main = known
     if start is None or end is None or main is None:

@@ -1,5 +1,7 @@
 """Everything that a training run carries from one step to the next."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,8 +15,9 @@ class TrainState:
     """The state after `step` updates.
 
     step: int32, the updates made so far. params, opt_state: the weights and the optimizer's state.
-    ema: the running average of the weights, a tree like params. key: the run's typed key; it never
-    changes, the randomness of step n comes from `fold_in(key, n)`, so (key, step) says it all.
+    ema: running averages of the weights by name, each a tree like params; "main" is the one to
+    sample and measure. key: the run's typed key; it never changes, the randomness of step n comes
+    from `fold_in(key, n)`, so (key, step) says it all.
     """
 
     step: Array
@@ -24,11 +27,18 @@ class TrainState:
     key: Key
 
 
-def create_state(key: Key, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update; the average starts at the weights.
+def create_state(
+    key: Key,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    tracks: Iterable[str] = ("main",),
+) -> TrainState:
+    """The state before the first update; the averages start at the weights.
 
-    key: a typed scalar key. params: a tree of arrays. All leaves are copies, because a compiled
-    step takes its state's memory over and the caller may want to keep the arguments.
+    key: a typed scalar key. params: a tree of arrays. tracks: names of the averages, such as the
+    rules of `train_step`. All leaves are copies, because a compiled step takes its state's memory
+    over and the caller may want to keep the arguments.
     Raises TypeError for a key that is not typed.
     """
     if not hasattr(key, "dtype") or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -40,19 +50,21 @@ def create_state(key: Key, params: PyTree, optimizer: optax.GradientTransformati
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params),
+        ema={name: jax.tree.map(jnp.copy, params) for name in tracks},
         key=jnp.copy(key),
     )
 
 
-def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
+def abstract(tree: PyTree, sharding: PyTree | None = None) -> PyTree:
     """The shapes, dtypes and shardings of a tree, which a checkpoint is restored like.
 
-    tree: arrays, or what `jax.eval_shape` returns. sharding: for every leaf; None keeps their own.
+    tree: arrays, or what `jax.eval_shape` returns. sharding: one for every leaf, or a tree of them
+    like `tree`; None keeps their own.
     """
+    if sharding is None:
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, tree)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding if sharding is None else sharding
-        ),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         tree,
+        jax.tree.broadcast(sharding, tree),
     )

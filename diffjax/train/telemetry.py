@@ -1,4 +1,4 @@
-"""Where a run's figures go: a JSON-lines file, TensorBoard, the terminal.
+"""Where a run's figures go: a JSON-lines file, TensorBoard, the terminal; and what is measured.
 
 Writers follow the protocol of clu's `MetricWriter`, so any of clu's, or anybody's, plugs in. Only
 the main process of a run should hold writers; the others hold `MultiWriter()`.
@@ -9,11 +9,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
+import jax
 import numpy as np
 
 from diffjax.core.files import write_atomic
@@ -117,6 +118,69 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+_DEVICE_MEMORY, _PROCESS_MEMORY = "device_memory_peak_gib", "process_memory_peak_gib"
+
+# Figures of the machine and the moment: all others are the same in a run that was resumed.
+MEASURED = frozenset(
+    {
+        "images_per_second",
+        "images_per_second_per_chip",
+        "data_wait",
+        "mfu",
+        _DEVICE_MEMORY,
+        _PROCESS_MEMORY,
+    }
+)
+
+
+def memory_peak() -> dict[str, float]:
+    """The most memory in use so far, in GiB, under a name that says whose.
+
+    "device_memory_peak_gib", of the fullest device of this process, where the backend counts it;
+    elsewhere, as on a CPU, "process_memory_peak_gib", the process's largest resident size.
+    """
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    if peaks:
+        return {_DEVICE_MEMORY: max(peaks) / 2**30}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {_PROCESS_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+class Machine(NamedTuple):
+    """What speeds are compared with.
+
+    chips: that share an update. flops: of one update, over all chips; None where not counted.
+    peak_flops: FLOP/s of one chip; None where the chip is not known. memory: gives figures by name.
+    """
+
+    chips: int = 1
+    flops: float | None = None
+    peak_flops: float | None = None
+    memory: Callable[[], Mapping[str, float]] = memory_peak
+
+    def speed(self, images: int, seconds: float, waited: float) -> dict[str, float]:
+        """Figures of updates that take `seconds` > 0 each, of which `waited` for the next batch.
+
+        "data_wait" is the share of the time that the loop waited for data, "mfu" the share of the
+        chips' peak that the counted FLOPs come to.
+        """
+        rate = images / seconds
+        found = {
+            "images_per_second": rate,
+            "images_per_second_per_chip": rate / self.chips,
+            "data_wait": min(waited / seconds, 1.0),
+        }
+        if self.flops is not None and self.peak_flops is not None:
+            found["mfu"] = self.flops / (seconds * self.chips * self.peak_flops)
+        return found
+
+
 def tensorboard_writer(directory: str | os.PathLike[str]) -> MetricWriter:
     """clu's writer of TensorBoard summaries. Imports TensorFlow, which takes seconds."""
     from clu import metric_writers
@@ -139,7 +203,7 @@ def no_progress(step: int, scalars: Mapping[str, float]) -> None:
 def progress_bar(
     n_steps: int, *, step: int = 0, stream: TextIO | None = None, every_s: float = 30.0
 ) -> Iterator[Progress]:
-    """Shows loss, images a second and the time left on `stream` (default: stderr).
+    """Shows loss, images a second, waiting for data and time left on `stream` (default: stderr).
 
     On a terminal a bar; elsewhere, as in a log file, one line every `every_s` seconds and one for
     the last step. step: where the run starts.
@@ -184,6 +248,8 @@ def _describe(scalars: Mapping[str, float]) -> str:
     parts = [f"loss {scalars['loss']:.4g}"]
     if "images_per_second" in scalars:
         parts.append(f"{scalars['images_per_second']:.4g} images/s")
+    if scalars.get("data_wait", 0.0) > 0.05:
+        parts.append(f"{scalars['data_wait']:.0%} waiting for data")
     if "seconds_left" in scalars:
         minutes, seconds = divmod(round(scalars["seconds_left"]), 60)
         hours, minutes = divmod(minutes, 60)

@@ -95,7 +95,7 @@ class StepBench:
             jnp.float32,
         )
         run = step.compile_step(
-            devices, loss_fn=loss_fn, optimizer=optimizer, ema=ConstantEMA(0.9999)
+            devices, loss_fn=loss_fn, optimizer=optimizer, ema={"main": ConstantEMA(0.9999)}
         )
         self.step, self.compile_s = compiled(run, self.state, self.batch)
         memory = self.step.memory_analysis()

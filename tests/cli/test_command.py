@@ -1,5 +1,7 @@
 """The command: what it prints, its exit codes, and that mistakes damage nothing."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -135,6 +137,28 @@ def test_tolerances_reach_the_solver(capsys, trained, monkeypatch, tmp_path):
     assert (controller.rtol, controller.atol) == (1e-5, 0.02)
     assert call(capsys, *arguments)[0] == 0
     assert seen["solver"] == "ode"
+
+
+def test_many_images_are_shards_that_evaluate_reads(capsys, trained, tmp_path):
+    """As the two commands print it; another request into the same place is one line."""
+    arguments = ["sample", f"--workdir={trained}", "--num=10", f"--out={tmp_path}", "--steps=3"]
+    arguments += ["--batch_size=4", "--shard_size=4", "--format=png"]
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0
+    assert f"--samples={tmp_path / 'samples'}." in out
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 10
+    code, _, err = call(capsys, *arguments, "--seeds=1-10")
+    assert code == 2
+    assert "of another request (" in err
+    assert "seeds: 0-9 -> 1-10" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_export_misses_its_package_before_it_works(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    code, _, err = call(capsys, "export", f"--workdir={tmp_path}", f"--out={tmp_path / 's.npz'}")
+    assert code == 2
+    assert "pip install 'diffjax[export]'" in err
 
 
 def test_a_damaged_checkpoint_is_named(capsys, trained, tmp_path):

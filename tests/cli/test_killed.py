@@ -27,21 +27,24 @@ FLAGS = [
 
 
 @contextlib.contextmanager
-def started(workdir):
-    """A run in a process of its own, which is over, with its pipe closed, when this is left."""
+def started(workdir, flags=FLAGS, **options):
+    """A run in a process of its own, which is over, with its pipe closed, when this is left.
+
+    options: further ones of Popen.
+    """
     environment = os.environ | {"XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "diffjax", "train", f"--workdir={workdir}", *FLAGS]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stderr=pipe, text=True) as process:
+    command = [sys.executable, "-m", "diffjax", "train", f"--workdir={workdir}", *flags]
+    options |= {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **options) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def finish(workdir):
+def finish(workdir, flags=FLAGS):
     """Runs to the end."""
-    with started(workdir) as process:
+    with started(workdir, flags) as process:
         _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
 
@@ -64,9 +67,10 @@ def uninterrupted(tmp_path_factory, digits_dir, compilation_cache):
     return workdir
 
 
-def equal_runs(a, b):
+def equal_runs(a, b, steps=3000):
+    """The same weights to the last bit, and the same loss at every step."""
     jax.tree.map(np.testing.assert_array_equal, dj.load(a).params, dj.load(b).params)
-    assert dj.load(a).step == 3000
+    assert dj.load(a).step == steps
     losses = [[(r["step"], r["loss"]) for r in read_jsonl(d / "metrics.jsonl")] for d in (a, b)]
     assert losses[0] == losses[1]
 

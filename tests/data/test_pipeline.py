@@ -2,14 +2,29 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffjax.data import EvalBatches, TrainBatches, array_source, prefetch
+from diffjax.data import (
+    EvalBatches,
+    RecordError,
+    TrainBatches,
+    array_source,
+    folder_source,
+    in_memory,
+    placed_ahead,
+    prefetch,
+)
 from diffjax.data.pipeline import epoch_order
 
 
@@ -107,6 +122,94 @@ def test_an_error_in_the_background_reaches_the_caller():
         next(prefetch(TrainBatches(Broken(), batch_size=2, seed=0)))
 
 
+def damaged_folder(tmp_path):
+    """A source of nine image files of which the sixth is no image and the eighth is gone."""
+    from PIL import Image
+
+    for i in range(9):
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / f"{i}.png")
+    source = folder_source(tmp_path)
+    (tmp_path / "5.png").write_bytes(b"no image")
+    (tmp_path / "7.png").unlink()
+    return source
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, workers):
+    source = damaged_folder(tmp_path)
+    reader = prefetch(TrainBatches(source, 1, 0, shuffle=False), start=4, workers=workers)
+    assert next(reader)["image"][0, 0, 0, 0] == 4
+    with pytest.raises(RecordError, match=r"Example 5 of '.*' cannot be read: .*5\.png.* Restore"):
+        next(reader)
+    if not workers:
+        with pytest.raises(RecordError, match=r"Example 7 of .*7\.png"):
+            TrainBatches(source, 1, 0, shuffle=False)[7]
+        with pytest.raises(RecordError, match=r"Example 5 of .*5\.png"):
+            EvalBatches(source, 6)[0]
+        with pytest.raises(RecordError, match=r"Example 5 of .*5\.png"):
+            in_memory(source)
+
+
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 1), (4, 1), (2, 3)])
+def test_no_more_is_read_than_was_asked_for(ahead, threads):
+    """A reader that is in no hurry finds `ahead` batches ready, and none beyond."""
+    asked = []
+
+    class Slow:
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, step):
+            asked.append(step)
+            return {"image": np.zeros(1)}
+
+    reader = prefetch(Slow(), ahead=ahead, threads=threads)
+    for _ in range(3):
+        next(reader)
+    settled = -1
+    while settled != len(asked):
+        settled = len(asked)
+        time.sleep(0.2)
+    assert 3 + ahead - 1 <= len(asked) <= 3 + max(ahead, threads) + 1
+    reader.close()
+
+
+class Group:
+    """Something that shows whether it is still held."""
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_placed_ahead_holds_so_many_and_no_more(ahead):
+    made, closed = [], []
+
+    def groups():
+        try:
+            while len(made) < 10:
+                group = Group()
+                made.append(weakref.ref(group))
+                yield group
+                del group
+        finally:
+            closed.append(True)
+
+    reader = placed_ahead(groups(), ahead)
+    for k in range(10):
+        group = next(reader)
+        assert group is made[k]()
+        assert len(made) == min(k + 1 + ahead, 10)
+        assert sum(ref() is not None for ref in made) == min(1 + ahead, 10 - k)
+        del group
+    assert next(reader, None) is None
+    assert closed == [True]
+    made.clear()
+    reader = placed_ahead(groups(), ahead)
+    next(reader)
+    reader.close()
+    assert closed == [True, True]
+    with pytest.raises(ValueError, match="ahead must be at least 0; got -1"):
+        placed_ahead(iter(()), -1)
+
+
 @pytest.mark.parametrize("process_count", [2, 3, 6])
 def test_processes_share_the_global_batch(process_count):
     source = numbered(23)
@@ -188,3 +291,183 @@ def test_steps_outside_the_sequence_raise():
         EvalBatches(numbered(4), 2)[2]
     with pytest.raises(ValueError, match="start must be at least 0; got -3"):
         prefetch(TrainBatches(numbered(4), 2, 0), start=-3)
+
+
+# Worker processes and memory, as the system sees them.
+
+
+def status(pid, field):
+    """A number of /proc/<pid>/status: kilobytes of VmRSS, or the parent's id."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    return 0  # a process that has just ended
+
+
+def children(pid):
+    """The processes that this one has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and status(entry.name, "PPid") == pid:
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+# Prints a line once a batch is there, and then waits to be killed.
+READER = """
+import os, sys, time
+from tests.data.test_pipeline import numbered
+from diffjax.data import TrainBatches, prefetch
+
+if __name__ == "__main__":
+    reader = prefetch(TrainBatches(numbered(23), batch_size=6, seed=1), workers=2)
+    next(reader), next(reader)  # one of each worker
+    print("reading", flush=True)
+    for line in sys.stdin:
+        print(len([next(reader) for _ in range(20)]), flush=True)
+"""
+
+
+def shared_memory():
+    """The names of Python's segments of it."""
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
+
+
+@pytest.fixture
+def before():
+    """What was there before."""
+    return shared_memory()
+
+
+@pytest.fixture
+def reading(tmp_path):
+    """A process that reads with two workers, and theirs."""
+    (tmp_path / "reader.py").write_text(READER)
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "reader.py")],
+        stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "reading\n", process.stderr.read()
+        workers = [pid for pid in children(process.pid) if b"spawn_main" in command(pid)]
+        assert len(workers) == 2
+        yield process, workers
+        process.kill()
+
+
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def ended(pids, seconds):
+    """Whether these processes end in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        alive = [p for p in pids if Path(f"/proc/{p}").exists() and status(p, "VmRSS")]
+        if not alive:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@linux
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_killed_process(before, reading):
+    """Nor does the memory that they share with it."""
+    process, workers = reading
+    for _ in range(3):
+        print("on", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "20\n"
+    process.kill()
+    process.wait()
+    assert ended(workers, 10)
+    time.sleep(1)  # what watches over it ends last
+    assert shared_memory() <= before
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_their_parent(reading, number):
+    """Ctrl-C and a scheduler's SIGTERM reach all processes of the group; reading goes on."""
+    process, workers = reading
+    for pid in workers:
+        os.kill(pid, number)
+    print("on", file=process.stdin, flush=True)
+    assert process.stdout.readline() == "20\n"
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert ended(workers, 10)
+
+
+@linux
+@pytest.mark.slow
+def test_a_worker_that_dies_is_an_error(reading):
+    process, workers = reading
+    os.kill(workers[0], signal.SIGKILL)
+    print("on", file=process.stdin, flush=True)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "RuntimeError" in errors
+    assert "process" in errors.lower()
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_where_it_was(workers):
+    """Batches of 0.4 MB, 6,000 of them: 2.4 GB go by, and less than 30 MB stay."""
+    images = np.random.default_rng(0).integers(0, 256, (500, 64, 64, 3), np.uint8)
+    reader = prefetch(TrainBatches(array_source(images), 32, 0), workers=workers)
+
+    def resident():
+        pids = [os.getpid(), *(p for p in children(os.getpid()) if b"spawn_main" in command(p))]
+        assert len(pids) == 1 + workers
+        return sum(status(pid, "VmRSS") for pid in pids) / 1024
+
+    total, seen = 0, []
+    for k in range(6001):
+        total += int(next(reader)["image"][0, 0, 0, 0])
+        if k % 1000 == 0 and k:
+            seen.append(resident())
+    reader.close()
+    print(f"resident MB with {workers} workers: {[round(x) for x in seen]}")
+    assert max(seen) - seen[0] < 30
+    assert total > 0
+
+
+@pytest.mark.slow
+def test_training_with_workers_is_training_without(trained, tmp_path, monkeypatch):
+    """Stopped after five updates, it goes on with another number of them."""
+    import contextlib
+
+    import jax
+
+    import diffjax as dj
+    from diffjax.runs import distributed
+    from diffjax.runs.workdir import load_config
+
+    def train(workers):
+        config = load_config("digits:quick")
+        with config.unlocked():
+            config.data.update({"workers": workers, "ahead": 3, "placed": 1})
+        return dj.train(config, tmp_path / "run", show_progress=False)
+
+    @contextlib.contextmanager
+    def after_five(start, n_jitted_steps):
+        yield lambda: start == 0
+
+    monkeypatch.setattr(distributed, "stop_requested", after_five)
+    assert train(2) == (5, False)
+    assert train(1) == (10, True)
+    jax.tree.map(
+        np.testing.assert_array_equal, dj.load(trained).params, dj.load(tmp_path / "run").params
+    )
+    with pytest.raises(ValueError, match="data.workers must be a whole number from 0 on; got -1"):
+        train(-1)

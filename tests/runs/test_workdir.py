@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from diffjax.runs.workdir import RunError, claim, differences, load_config, plain, read_config
+from diffjax.runs.workdir import (
+    RunError,
+    claim,
+    differences,
+    load_config,
+    plain,
+    read_config,
+    versioned,
+)
 
 
 def test_a_workdir_keeps_its_config(tmp_path):
@@ -32,6 +40,34 @@ def test_damage_and_other_schemas_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"schema": 99, "config": {}}))
     with pytest.raises(RunError, match="schema 99"):
         read_config(tmp_path)
+
+
+def test_a_config_of_schema_1_gets_the_defaults_of_later_fields(tmp_path):
+    today = plain(load_config("digits:quick"))
+    early = json.loads(json.dumps(today))
+    later = ["training.keep", "training.init_from", "optim.moment_dtype", "data.workers"]
+    for section, field in (name.split(".") for name in [*later, "data.ahead", "data.placed"]):
+        del early[section][field]
+    del early["mesh"]
+    # A section whose fields depend on its name is left as it is.
+    early["ema"] = {"name": "half_life", "half_life_images": 500.0}
+    (tmp_path / "config.json").write_text(json.dumps({"schema": 1, "config": early}))
+    read = plain(read_config(tmp_path))
+    assert read == today | {"ema": early["ema"]}
+    # The same command as then goes on in this directory.
+    config = load_config("digits:quick").unlock()
+    config.ema = early["ema"]
+    claim(tmp_path, config)
+    config.training.keep.best = 1
+    with pytest.raises(RunError, match=r"training\.keep\.best: 0 -> 1"):
+        claim(tmp_path, config)
+
+
+def test_stored_configs_say_their_schema(tmp_path):
+    config = load_config("digits:quick")
+    claim(tmp_path, config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored == versioned(config) == {"schema": 2, "config": plain(config)}
 
 
 def test_differences_go_down_into_sections():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.train import mesh, state
+from diffjax.train import checksums, mesh, state
 from diffjax.train.checkpoint import Checkpointer, CheckpointError
 from tests.train import toy
 
@@ -83,7 +83,7 @@ def test_a_reader_loads_the_average_alone(on, tmp_path):
     with Checkpointer(tmp_path, writable=False) as reader:
         average, meta = reader.restore_ema(state.abstract(shapes, mesh.replicated(eight)))
         assert reader.meta().config == {"lr": 0.5, "name": "toy"}
-    toy.assert_bitwise(average, s.ema)
+    toy.assert_bitwise(average, s.ema["main"])
     assert average["w"].sharding.mesh.size == 8 and meta.step == 5
     assert not np.array_equal(average["w"], s.params["w"])
 
@@ -159,9 +159,9 @@ def test_a_reader_sets_nothing_aside(on, two):
     workdir, before = two
     damage(workdir / "checkpoints" / "3", "empty")
     with Checkpointer(workdir, writable=False) as reader:
-        average, meta = reader.restore_ema(state.abstract(before.ema))
+        average, meta = reader.restore_ema(state.abstract(before.ema["main"]))
     assert meta.step == 2 and (workdir / "checkpoints" / "3").is_dir()
-    toy.assert_bitwise(average, before.ema)
+    toy.assert_bitwise(average, before.ema["main"])
 
 
 def test_another_model_is_not_damage(on, two):
@@ -172,8 +172,9 @@ def test_another_model_is_not_damage(on, two):
     with Checkpointer(workdir) as checkpointer:
         with pytest.raises(CheckpointError, match=r"params/w has shape \(6, 32\) there and \(6, 3"):
             checkpointer.restore(other)
-        with pytest.raises(CheckpointError, match="ema/extra has shape none there"):
-            checkpointer.restore_ema(state.abstract(toy.new_state(on).ema) | {"extra": wide})
+        with pytest.raises(CheckpointError, match="ema/main/extra has shape none there"):
+            average = state.abstract(toy.new_state(on).ema["main"])
+            checkpointer.restore_ema(average | {"extra": wide})
         assert checkpointer.latest_step() == 3
 
 
@@ -181,6 +182,7 @@ def test_a_schema_from_the_future_is_refused(on, two):
     workdir, _ = two
     path = workdir / "checkpoints" / "3" / "meta" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    checksums.write(workdir / "checkpoints" / "3")  # it is what that diffjax wrote
     with Checkpointer(workdir) as checkpointer, pytest.raises(CheckpointError, match="schema 99"):
         checkpointer.restore(like(on))
 

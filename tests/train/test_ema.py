@@ -9,7 +9,7 @@ from diffjax.train import ema
 
 
 def run(rule, path):
-    """Averages a path of scalar weights, started at its first point."""
+    """Averages a path of weights (n, ...), started at its first point: (n - 1, ...)."""
 
     def body(q, inputs):
         n, p = inputs
@@ -73,6 +73,49 @@ def test_half_life_ramp():
     np.testing.assert_allclose(jax.jit(rule)(jnp.int32(5 * 10**6)), rule(10**6), rtol=1e-7)
 
 
+@pytest.mark.parametrize("std", [0.05, 0.1, 0.25])
+def test_power_profile_by_unit_impulses(std):
+    # Weight s of the path is the unit vector e_s, so the average is its own profile.
+    n = 400
+    profile = run(ema.PowerEMA(std), np.vstack([np.zeros(n), np.eye(n)]))[-1]
+    assert profile.sum() == pytest.approx(1, abs=1e-5)  # nothing of the start is left
+    s = np.arange(1, n + 1) - 0.5  # in the middle of its update
+    mean = profile @ s
+    width = np.sqrt(profile @ (s - mean) ** 2 + 1 / 12)  # 1/12: of an update itself
+    assert width == pytest.approx(std * n, rel=1e-4)
+    # The shape: a power of s, so log-log straight, and no other power has this width.
+    slope = np.polyfit(np.log(s[n // 2 :]), np.log(profile[n // 2 :]), 1)[0]
+    mean_of_power = (slope + 1) / (slope + 2)
+    assert mean / n == pytest.approx(mean_of_power, rel=1e-3)
+
+
+def test_power_with_the_widest_std_is_the_plain_mean():
+    path = np.random.default_rng(0).normal(size=50)
+    averages = run(ema.PowerEMA(12**-0.5), path)
+    np.testing.assert_allclose(averages, [path[1 : n + 1].mean() for n in range(1, 50)], atol=1e-6)
+
+
+def test_power_late_in_a_long_run():
+    # d(n) = (1 - 1/t)^(gamma + 1) near t = 2 10^6: 1 - d is (gamma + 1) / t, to rounding of d.
+    gamma = float(ema.power_gamma(0.05))
+    left = 1 - float(jax.jit(ema.PowerEMA(0.05))(jnp.int32(2 * 10**6 - 1)))
+    assert left == pytest.approx((gamma + 1) / (2 * 10**6), rel=6e-3)
+
+
+def test_several_averages_do_not_meet():
+    path = np.random.default_rng(1).normal(size=20)
+    rules = {"main": ema.ConstantEMA(0.9), "wide": ema.PowerEMA(0.2)}
+    tracks = dict.fromkeys(rules, jnp.float32(path[0]))
+    for n, p in enumerate(path[1:]):
+        tracks = ema.averages(rules, n, tracks, jnp.float32(p))
+    for name, rule in rules.items():
+        np.testing.assert_allclose(tracks[name], run(rule, path)[-1], rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"rules are of the averages \['main', 'wide'\].*\['main'\]"
+    ):
+        ema.averages(rules, 0, {"main": tracks["main"]}, jnp.float32(0))
+
+
 def test_rules_are_trees_with_one_trace_for_all_values():
     traces = []
 
@@ -84,6 +127,9 @@ def test_rules_are_trees_with_one_trace_for_all_values():
     for rate in (0.9, 0.99):
         decay(ema.WarmupEMA(rate), 3)
     assert len(traces) == 1
+    for std in (0.05, 0.1):  # also where the exponent is found inside
+        np.testing.assert_allclose(decay(ema.PowerEMA(std), 9), ema.PowerEMA(std)(9), rtol=1e-5)
+    assert len(traces) == 2
 
 
 @pytest.mark.parametrize(
@@ -94,6 +140,8 @@ def test_rules_are_trees_with_one_trace_for_all_values():
         (lambda: ema.HalfLifeEMA(0, 16), "half_life_images must be positive"),
         (lambda: ema.HalfLifeEMA(10, 0), "batch_size must be positive"),
         (lambda: ema.HalfLifeEMA(10, 1, ramp_up=0.0), "ramp_up must be positive"),
+        (lambda: ema.PowerEMA(0.0), r"std.* must lie in \(0, 0.2887\]"),
+        (lambda: ema.PowerEMA(0.29), "got 0.29"),
     ],
 )
 def test_bad_input_raises(make, message):

@@ -1,5 +1,7 @@
 """The loop: exact after every kind of stop, never ahead of itself, loud when training breaks."""
 
+import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -8,15 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.train import mesh, state
+from diffjax.train import ema, mesh, state, step, tracing
 from diffjax.train.checkpoint import Checkpointer
-from diffjax.train.loop import Diverged, Hook, fit
+from diffjax.train.loop import Diverged, Hook, Tolerance, fit
 from diffjax.train.preempt import stop_on_signals
-from diffjax.train.telemetry import JsonlWriter, read_jsonl
+from diffjax.train.telemetry import MEASURED, JsonlWriter, Machine, read_jsonl
 from tests.train import toy
 
 
@@ -77,9 +80,7 @@ def test_logged_losses_of_a_resumed_run_are_the_uninterrupted_ones(on, tmp_path)
         writer = JsonlWriter(path, last_step=start)
         fit(s, toy.feed(on, start), n_steps=n_steps, writer=writer, **toy.fit_kwargs(on))
         writer.close()
-        return [
-            {k: v for k, v in row.items() if k != "images_per_second"} for row in read_jsonl(path)
-        ]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_jsonl(path)]
 
     whole = run(tmp_path / "whole.jsonl", 8, toy.new_state(on), 0)
     s = fit(toy.new_state(on), toy.feed(on), n_steps=4, **toy.fit_kwargs(on)).state
@@ -159,8 +160,8 @@ def test_speed_and_time_left_are_reported(on):
         **toy.fit_kwargs(on),
     )
     assert "images_per_second" not in shown[0][1]  # the first step compiles
-    for step, scalars in shown[1:]:
-        left = (6 - step) * toy.BATCH / scalars["images_per_second"]
+    for at, scalars in shown[1:]:
+        left = (6 - at) * toy.BATCH / scalars["images_per_second"]
         np.testing.assert_allclose(scalars["seconds_left"], left, rtol=1e-9)
     assert shown[-1][1]["seconds_left"] == 0
 
@@ -190,12 +191,15 @@ def test_divergence_is_named_and_never_saved(on, tmp_path, n):
 
 
 def test_a_bad_gradient_under_a_good_loss_diverges(on):
-    def step_fn(s, batch):
-        s, metrics = toy.compiled(on)(s, batch)
-        return s, metrics | {"grad_norm": jnp.full((1,), jnp.inf)}
+    def loss_fn(params, key, x):  # 0 + loss: the slope of a root at 0 is infinite
+        losses, aux = toy.loss_fn(params, key, x)
+        return losses + jnp.sqrt(params["b"][0] ** 2 * 0), aux
 
+    step_fn = step.compile_step(
+        on, loss_fn=loss_fn, optimizer=toy.OPTIMIZER, ema={"main": ema.ConstantEMA(0.9)}
+    )
     saved = []
-    with pytest.raises(Diverged, match="grad_norm is inf at step 1"):
+    with pytest.raises(Diverged, match="grad_norm is nan at step 1"):
         fit(
             toy.new_state(on),
             toy.feed(on),
@@ -204,6 +208,125 @@ def test_a_bad_gradient_under_a_good_loss_diverges(on):
             **toy.fit_kwargs(on) | {"step_fn": step_fn},
         )
     assert saved == []
+
+
+@functools.cache
+def skipping(on):
+    return step.compile_step(
+        on,
+        loss_fn=toy.loss_fn,
+        optimizer=toy.OPTIMIZER,
+        ema={"main": ema.ConstantEMA(0.9)},
+        skip_bad=True,
+    )
+
+
+def planted(bad):
+    """The toy's batches with a NaN in those of the numbers `bad`."""
+    for i in range(100):
+        batch = toy.batch(i)
+        if i in bad:
+            batch[3, 2] = np.nan
+        yield batch
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_skipped_update_leaves_all_but_the_step(on, n):
+    bad, tape, notes = (2, 3, 6), Tape(), []
+    result = fit(
+        toy.new_state(on),
+        mesh.dispatch_batches(on, planted(bad), n),
+        n_steps=8,
+        writer=tape,
+        tolerance=Tolerance(in_a_row=2, so_far=5, note=notes.append),
+        **toy.fit_kwargs(on, n) | {"step_fn": skipping(on)},
+    )
+    assert [b.step for b in notes] == [3, 4, 7]
+    assert all(np.isnan(b.loss) and np.isnan(b.grad_norm) for b in notes)
+    # By hand: the good batches alone, with the step, and so the key, of their place.
+    s = toy.new_state(on)
+    for i in range(8):
+        if i in bad:
+            s = dataclasses.replace(s, step=s.step + 1)
+        else:
+            s, _ = toy.compiled(on)(s, mesh.global_batch(on, toy.batch(i)[None], axis=1))
+    assert result.state.step == 8
+    for x, y in zip(leaves(result.state), leaves(s), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # two programs round differently
+    logged = {e[1]: e[2] for e in tape.events if e[0] == "log"}
+    counts = {1: 5, 2: 5, 3: 6, 4: 7, 5: 7, 6: 7, 7: 8, 8: 8}
+    assert {at: row["skipped"] for at, row in logged.items()} == {
+        at: count for at, count in counts.items() if at % n == 0
+    }
+    if n == 2:  # 4 has no good update; 8 has one, whose loss it is
+        assert np.isnan(logged[4]["loss"]) and np.isfinite(logged[8]["loss"])
+
+
+def leaves(s):
+    return jax.tree.leaves((s.params, s.opt_state, s.ema))
+
+
+def test_too_many_bad_updates_in_a_row_end_it_late_and_unsaved(on):
+    dispatched, saved = [], []
+
+    def step_fn(s, batch):
+        dispatched.append(int(s.step) + 1)
+        return skipping(on)(s, batch)
+
+    with pytest.raises(Diverged, match="at step 5, after 2 others in a row that were skipped"):
+        fit(
+            toy.new_state(on),
+            mesh.dispatch_batches(on, planted((0, 2, 3, 4)), 1),
+            n_steps=20,
+            tolerance=Tolerance(in_a_row=2),
+            save=lambda step, s: saved.append(step),
+            **toy.fit_kwargs(on) | {"step_fn": step_fn},
+        )
+    assert saved == []
+    # The host did not wait for the flag: two dispatches were on their way behind it.
+    assert dispatched[-1] == 7
+
+
+def test_speed_waiting_and_mfu_are_of_the_wall_clock(on):
+    def feed():
+        for batch in toy.feed(on):
+            time.sleep(0.02)
+            yield batch
+
+    tape = Tape()
+    machine = Machine(chips=4, flops=6e6, peak_flops=1e9, memory=lambda: {"memory": 1.5})
+    began = time.monotonic()
+    fit(toy.new_state(on), feed(), n_steps=12, writer=tape, machine=machine, **toy.fit_kwargs(on))
+    # Without those that compile, and the last two, which are read at once.
+    rows = [e[2] for e in tape.events if e[0] == "log"][3:-2]
+    rate = np.mean([row["images_per_second"] for row in rows])
+    assert toy.BATCH * 4 / (time.monotonic() - began) < rate < toy.BATCH / 0.02 * 1.5
+    for row in rows:
+        assert 0 < row["data_wait"] <= 1 and row["memory"] == 1.5
+        assert row["images_per_second_per_chip"] == row["images_per_second"] / 4
+        seconds = toy.BATCH / row["images_per_second"]
+        np.testing.assert_allclose(row["mfu"], 6e6 / seconds / 4e9)
+    # All but the updates themselves is waiting.
+    assert np.median([row["data_wait"] for row in rows]) > 0.3
+
+
+def test_a_trace_has_the_asked_steps(on, tmp_path):
+    toy.compiled(on)(toy.new_state(on), next(toy.feed(on)))  # compiled before
+    with tracing.trace_steps(tmp_path, 2, 5) as tracer:
+        fit(toy.new_state(on), toy.feed(on), n_steps=8, tracer=tracer, **toy.fit_kwargs(on))
+    [path] = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(path))
+    events = [e for plane in data.planes for line in plane.lines for e in line.events]
+    steps = [dict(e.stats).get("step_num") for e in events if e.name == "update"]
+    assert sorted(steps) == [2, 3, 4]
+
+
+def test_a_trace_of_nothing_is_said(on, tmp_path, caplog):
+    with tracing.trace_steps(tmp_path, 8, 9) as tracer:
+        fit(toy.new_state(on), toy.feed(on), n_steps=2, tracer=tracer, **toy.fit_kwargs(on))
+    assert "No update between steps 8 and 9" in caplog.text and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="got 5:5"):
+        tracing.StepTracer(tmp_path, 5, 5)
 
 
 def test_frequencies_must_fit_the_dispatch(on):

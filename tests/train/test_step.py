@@ -44,12 +44,17 @@ def test_step_equals_linear_regression_by_hand():
     optimizer = optim.adam(schedule)
     s = state.create_state(jax.random.key(0), jnp.asarray(w), optimizer)
     s, metrics = step.train_step(
-        s, x, loss_fn=loss_fn, optimizer=optimizer, ema=ema.ConstantEMA(0.75), schedule=schedule
+        s,
+        x,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        ema={"main": ema.ConstantEMA(0.75)},
+        schedule=schedule,
     )
     gradient = np.mean(2 * (x @ w)[:, None] * x, axis=0)
     after = w - 0.1 * np.sign(gradient)
     np.testing.assert_allclose(s.params, after, rtol=1e-5)
-    np.testing.assert_allclose(s.ema, 0.75 * w + 0.25 * after, rtol=1e-5)
+    np.testing.assert_allclose(s.ema["main"], 0.75 * w + 0.25 * after, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], np.mean((x @ w) ** 2), rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
     np.testing.assert_allclose(metrics["lr"], 0.1, rtol=1e-6)
@@ -131,7 +136,7 @@ def test_donation_aliases_the_state(one, n):
 def test_the_given_state_is_taken_over(one):
     s = toy.new_state(one)
     toy.compiled(one)(s, next(toy.feed(one)))
-    assert s.params["w"].is_deleted() and s.ema["w"].is_deleted()
+    assert s.params["w"].is_deleted() and s.ema["main"]["w"].is_deleted()
 
 
 def test_create_state_copies_what_it_is_given(one):
@@ -147,7 +152,7 @@ def test_create_state_copies_what_it_is_given(one):
 
 def test_one_compilation_over_twenty_steps(eight, caplog):
     fn = step.compile_step(
-        eight, loss_fn=toy.loss_fn, optimizer=toy.OPTIMIZER, ema=ema.WarmupEMA(0.9)
+        eight, loss_fn=toy.loss_fn, optimizer=toy.OPTIMIZER, ema={"main": ema.WarmupEMA(0.9)}
     )
     s, feed = toy.new_state(eight), toy.feed(eight)
     with jax.log_compiles():
@@ -166,12 +171,15 @@ def test_float64_mode():
         for dtype in (jnp.float32, jnp.float64):
             params = jax.tree.map(lambda p, d=dtype: p.astype(d), toy.init_params())
             fn = step.compile_step(
-                on, loss_fn=toy.loss_fn, optimizer=optimizer, ema=ema.HalfLifeEMA(100, toy.BATCH)
+                on,
+                loss_fn=toy.loss_fn,
+                optimizer=optimizer,
+                ema={"main": ema.HalfLifeEMA(100, toy.BATCH)},
             )
             s = state.create_state(jax.random.key(0), params, optimizer)
             x = np.stack([toy.batch(0), toy.batch(1)]).astype(dtype)
             s, metrics = fn(s, mesh.global_batch(on, x, axis=1))
-            assert s.params["w"].dtype == s.ema["w"].dtype == dtype
+            assert s.params["w"].dtype == s.ema["main"]["w"].dtype == dtype
             assert s.step.dtype == jnp.int32 and np.isfinite(metrics["loss"]).all()
 
 
@@ -183,7 +191,7 @@ def test_bad_loss_functions_raise():
             jnp.ones((3, 2)),
             loss_fn=lambda p, k, x: (jnp.sum(p), {}),
             optimizer=toy.OPTIMIZER,
-            ema=ema.ConstantEMA(),
+            ema={"main": ema.ConstantEMA()},
         )
     with pytest.raises(ValueError, match="may not report.*'loss'"):
         step.train_step(
@@ -191,38 +199,9 @@ def test_bad_loss_functions_raise():
             jnp.ones((3, 2)),
             loss_fn=lambda p, k, x: (x @ p, {"loss": x @ p}),
             optimizer=toy.OPTIMIZER,
-            ema=ema.ConstantEMA(),
+            ema={"main": ema.ConstantEMA()},
         )
     with pytest.raises(TypeError, match=r"jax.random.key\(seed\)"):
         state.create_state(jax.random.PRNGKey(0), jnp.ones((2,)), toy.OPTIMIZER)
     with pytest.raises(TypeError, match="array of keys"):
         state.create_state(jax.random.split(jax.random.key(0)), jnp.ones((2,)), toy.OPTIMIZER)
-
-
-def test_mesh_rules(eight):
-    assert eight.shape == {"data": len(jax.devices())}
-    with pytest.raises(ValueError, match="multiple of the 8 devices.*got 12. Use 8 or 16"):
-        mesh.global_batch(eight, np.zeros((12, 2)))
-    with pytest.raises(ValueError, match="got 3. Use 8,"):
-        mesh.check_batch_size(eight, 3)
-    with pytest.raises(ValueError, match="between 1 and the 8 devices"):
-        mesh.make_mesh(data=9)
-    placed = mesh.global_batch(eight, {"x": np.arange(16.0).reshape(16, 1)})["x"]
-    np.testing.assert_array_equal(placed, np.arange(16.0).reshape(16, 1))
-    assert [s.data.shape for s in placed.addressable_shards] == [(2, 1)] * 8
-
-
-def test_dispatch_batches_are_lazy_and_whole(eight):
-    read = []
-
-    def local():
-        for i in range(5):
-            read.append(i)
-            yield {"image": np.full((8, 2), i)}
-
-    groups = mesh.dispatch_batches(eight, local(), n=2)
-    assert read == []
-    first = next(groups)["image"]
-    assert read == [0, 1] and first.shape == (2, 8, 2)
-    np.testing.assert_array_equal(first[:, 0, 0], [0, 1])
-    assert len(list(groups)) == 1  # the fifth batch has no partner

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,44 @@ def test_progress_on_a_terminal_shows_figures():
     text = stream.getvalue()
     for part in ("50/200", "loss 0.1234", "480 images/s", "1:02:05 left"):
         assert part in text
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.123, True), (0.04, False)])
+def test_progress_shows_waiting_that_matters(share, shown):
+    stream = Terminal()
+    with progress_bar(200, stream=stream) as show:
+        show(50, {"loss": 0.1, "data_wait": share})
+    assert ("12% waiting for data" in stream.getvalue()) == shown
+    assert shown or "waiting" not in stream.getvalue()
+
+
+def test_memory_is_labelled_by_whose_it_is(monkeypatch):
+    [(name, peak)] = telemetry.memory_peak().items()
+    assert name == "process_memory_peak_gib"
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the same in another place
+        [line] = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        np.testing.assert_allclose(peak, int(line.split()[1]) / 2**20, rtol=0.05)
+
+    class Device:
+        def __init__(self, peak):
+            self.memory_stats = lambda: {"peak_bytes_in_use": peak}
+
+    monkeypatch.setattr(telemetry.jax, "local_devices", lambda: [Device(2**30), Device(3 * 2**30)])
+    assert telemetry.memory_peak() == {"device_memory_peak_gib": 3.0}
+
+
+def test_speed_by_hand():
+    known = telemetry.Machine(chips=8, flops=4e12, peak_flops=1e12)
+    found = known.speed(images=512, seconds=2.0, waited=0.5)
+    assert found == {
+        "images_per_second": 256.0,
+        "images_per_second_per_chip": 32.0,
+        "data_wait": 0.25,
+        "mfu": 0.25,  # 4 of the 2 x 8 TFLOP that the chips could have done
+    }
+    assert "mfu" not in telemetry.Machine(chips=8, flops=4e12).speed(512, 2.0, 0.5)
+    assert found.keys() <= telemetry.MEASURED
 
 
 def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch):

@@ -56,7 +56,7 @@ def compiled(on):
         on,
         loss_fn=loss_fn,
         optimizer=OPTIMIZER,
-        ema=ema.ConstantEMA(0.9),
+        ema={"main": ema.ConstantEMA(0.9)},
         schedule=SCHEDULE,
     )
 
