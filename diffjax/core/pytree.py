@@ -71,4 +71,14 @@ def taken(value: Any, index: Any) -> Any:
     return value.take(index) if hasattr(value, "take") else value
 
 
-__all__ = ["pytree", "replace", "static", "taken"]
+def leaf_name(path: Any) -> str:
+    """The keys on the way to a leaf, `block/conv/kernel`. path: as JAX gives it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by `leaf_name`, in the order of the tree."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+__all__ = ["leaf_name", "named", "pytree", "replace", "static", "taken"]

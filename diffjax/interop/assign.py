@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffjax.core.pytree import named
 from diffjax.core.types import PyTree
 
 Read = Callable[[np.ndarray], np.ndarray]
@@ -68,12 +69,6 @@ def linear(tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(tensor.shape[:2]).T
 
 
-def names(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree of dicts by name, `block/conv/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-
-
 def sources(like: PyTree, parts: Mapping[str, Part], *, nin: str = "weight") -> dict[str, Source]:
     """The source of each leaf that lies in one of `parts`.
 
@@ -81,7 +76,7 @@ def sources(like: PyTree, parts: Mapping[str, Part], *, nin: str = "weight") -> 
     a linear map over channels is called there; "W" is one that keeps our order of axes.
     """
     found = {}
-    for path, leaf in names(like).items():
+    for path, leaf in named(like).items():
         *modules, last = path.split("/")
         for depth in range(len(modules), 0, -1):
             part = parts.get("/".join(modules[:depth]))
@@ -130,7 +125,7 @@ def fill(
     """
     faults: dict[str, list[str]] = {"missing": [], "left over": [], "of another shape": []}
     leaves: dict[str, np.ndarray] = {}
-    for path, leaf in names(like).items():
+    for path, leaf in named(like).items():
         source = found.get(path)
         if source is None or source.tensor not in tensors:
             faults["missing"].append(f"{source.tensor if source else '?'} (for {path})")
@@ -149,7 +144,7 @@ def fill(
     faults["left over"] = [name for name in tensors if name not in used]
     check(faults)
     structure = jax.tree.structure(like)
-    return jax.tree.unflatten(structure, [leaves[path] for path in names(like)])
+    return jax.tree.unflatten(structure, [leaves[path] for path in named(like)])
 
 
 def check(faults: Mapping[str, list[str]]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.core.pytree import named
 from diffjax.core.tensorfile import write_safetensors
 from diffjax.core.types import PyTree
 from diffjax.interop import trunk
@@ -37,7 +38,6 @@ from diffjax.interop.assign import (
     convolution,
     fill,
     linear,
-    names,
     sources,
 )
 
@@ -143,7 +143,7 @@ def from_torch(net: Any, like: PyTree, height: int, tensors: Mapping[str, np.nda
 
 def to_torch(net: Any, params: PyTree, height: int) -> dict[str, np.ndarray]:
     """The tensors of a `DDPM` or an `NCSNpp` by diffusers' names; the inverse of `from_torch`."""
-    leaves, found = names(params), {}
+    leaves, found = named(params), {}
     for path, source in _origin(net, params, height).items():
         array = np.asarray(leaves[path])
         if source.read is convolution:

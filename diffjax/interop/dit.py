@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.core.pytree import named
 from diffjax.core.types import PyTree
-from diffjax.interop.assign import Part, Source, WeightsError, convolution, fill, names, sources
+from diffjax.interop.assign import Part, Source, WeightsError, convolution, fill, sources
 
 _BLOCK = {
     "adaLN": "adaLN_modulation.1",
@@ -58,6 +59,6 @@ def from_torch(net: Any, like: PyTree, tensors: Mapping[str, np.ndarray]) -> PyT
     parts |= {f"block_{i}": Part(f"blocks.{i}", _BLOCK) for i in range(net.depth)}
     origin = sources(like, parts)
     origin["x_embedder/kernel"] = Source("x_embedder.proj.weight", _patches)
-    if "pos_embed" in names(like):
+    if "pos_embed" in named(like):
         origin["pos_embed"] = Source("pos_embed", _places)
     return fill(like, origin, tensors)

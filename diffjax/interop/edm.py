@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.core.pytree import named
 from diffjax.core.tensorfile import Record, TensorFileError, flatten
 from diffjax.core.types import PyTree
 from diffjax.interop import trunk
@@ -28,7 +29,6 @@ from diffjax.interop.assign import (
     as_it_is,
     fill,
     linear,
-    names,
     sources,
 )
 from diffjax.nets.adm import ADM
@@ -146,7 +146,7 @@ def from_song(net: Any, like: PyTree, height: int, found: Mapping[str, np.ndarra
     file.
     """
     origin = sources(like, _song_parts(net, height))
-    for path in names(like):
+    for path in named(like):
         if path.endswith("GaussianFourierProjection_0/W"):
             origin[path] = Source("map_noise.freqs", as_it_is)
     filters = [name for name in found if name.endswith(".resample_filter")]

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from diffjax.core import checks
+from diffjax.core.pytree import named
 from diffjax.core.types import PyTree
 from diffjax.interop import trunk
-from diffjax.interop.assign import Part, Source, as_it_is, fill, names, sources
+from diffjax.interop.assign import Part, Source, as_it_is, fill, sources
 from diffjax.interop.edm import grouped, head_count
 
 _BLOCK = {
@@ -89,7 +90,7 @@ def from_torch(
             inside = {"norm": "norm", "qkv": qkv, "proj": "proj_out"}
         parts[step.name] = Part(name, inside)
     origin = sources(like, parts)
-    if "map_label/kernel" in names(like):
+    if "map_label/kernel" in named(like):
         # A table of rows, one a class: already as ours.
         origin["map_label/kernel"] = Source("label_emb.weight", as_it_is)
     return fill(like, origin, tensors)

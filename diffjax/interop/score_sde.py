@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.core.pytree import named
 from diffjax.core.tensorfile import TensorFileError
 from diffjax.core.types import PyTree
 from diffjax.interop import trunk
-from diffjax.interop.assign import Part, Source, WeightsError, as_it_is, fill, names, sources
+from diffjax.interop.assign import Part, Source, WeightsError, as_it_is, fill, sources
 
 _BUFFERS = ("sigmas",)
 _FOURIER = re.compile(r"all_modules\.\d+\.W")  # frozen, directly in the list
@@ -56,8 +57,8 @@ def from_jax(like: PyTree, params_ema: Mapping[str, Any]) -> PyTree:
     "params".
     """
     inner = params_ema.get("params")
-    tensors = names(inner if isinstance(inner, Mapping) else params_ema)
-    wanted = names(like)
+    tensors = named(inner if isinstance(inner, Mapping) else params_ema)
+    wanted = named(like)
     tensors = _unreplicated(tensors, wanted)
     for path, tensor in tensors.items():
         parent = path.split("/")[-2] if "/" in path else ""

@@ -137,19 +137,16 @@ class Leaf(NamedTuple):
 
 def _leaves(params: PyTree, layout: PyTree) -> tuple[Leaf, ...]:
     from diffjax.train.mesh import FSDP
+    from diffjax.train.sharding import axes_of
 
     def leaf(shape: Any, sharding: Any) -> Leaf:
         held = dryrun.shard_bytes(shape, sharding)
-        names = [n for entry in sharding.spec for n in _names(entry)]
+        names = [n for entry in sharding.spec for n in axes_of(entry)]
         split = FSDP in names and sharding.mesh.shape[FSDP] > 1
         return Leaf(held * (sharding.mesh.shape[FSDP] if split else 1), held, split)
 
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True)
     return tuple(leaf(*pair) for pair in pairs)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def collectives(leaves: Iterable[Leaf], axes: Axes, micro: int = 1) -> tuple[Collective, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from diffjax.core.files import write_atomic
 from diffjax.core.types import Array
@@ -145,13 +146,7 @@ def load_feature_net(
     found = {key: about[key] for key in expected}
     if found != expected:
         raise RunError(f"{path} was trained for {found}; these images are {expected}.")
-    params: dict[str, Any] = {}
-    for name, array in flat.items():
-        *folders, last = name.split("/")[1:]
-        node = params
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = array
+    params = unflatten_dict({name.partition("/")[2]: leaf for name, leaf in flat.items()}, sep="/")
     provenance = about | {
         "features": f"feature net {path.stem}, trained on {about['dataset']}; not a FID",
         "weights_sha256": _file_digest(path),

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import unflatten_dict
 
+from diffjax.core.pytree import leaf_name, named
 from diffjax.core.types import Array, PyTree
 from diffjax.runs.workdir import RunError
 
@@ -86,7 +88,7 @@ def read(source: str, like: PyTree) -> Start:
     from diffjax.train.contents import shapes
 
     workdir, step = _parsed(source)
-    named = _named(like)
+    own = named(like)
     with Checkpointer(workdir, writable=False) as checkpointer:
         there, meta = checkpointer.ema_shapes(step)
         rows = compare(shapes(like), there)
@@ -96,15 +98,15 @@ def read(source: str, like: PyTree) -> Start:
                 f"Nothing in {source} fits this network: no leaf has the same name and shape. "
                 f"There: {_some(there)}. Here: {_some(shapes(like))}."
             )
-        wanted = _nested({name: named[name] for name in names})
+        wanted = unflatten_dict({name: own[name] for name in names}, sep="/")
         loaded, _ = checkpointer.restore_ema(wanted, meta.step, partial=True)
-    return Start(_named(loaded), rows, f"{workdir}, step {meta.step}")
+    return Start(named(loaded), rows, f"{workdir}, step {meta.step}")
 
 
 def replaced(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
     """`params` with these leaves, by name, in place of its own."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(_name(path), leaf), params
+        lambda path, leaf: leaves.get(leaf_name(path), leaf), params
     )
 
 
@@ -114,26 +116,6 @@ def _parsed(source: str) -> tuple[Path, int | None]:
     if colon and step.isdecimal() and not Path(source).exists():
         return Path(before), int(step)
     return Path(source), None
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of dicts whose leaves have these names."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return tree
 
 
 def _shapes(row: Row) -> str:

@@ -24,7 +24,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffjax.runs.counting import PRODUCTS, inner_jaxprs, size_of
+from diffjax.runs.counting import PRODUCTS, REDUCTIONS, inner_jaxprs, size_of
 
 # Results that are other names of the same bytes.
 _ALIASES = ("reshape", "squeeze", "expand_dims", "optimization_barrier")
@@ -44,20 +44,12 @@ _LOOPS = ("scan", "while", "cond", "shard_map")
 # Not element by element, so that a result lies in memory; and all products and loops.
 _BARRIERS = (
     *PRODUCTS,
+    *REDUCTIONS,
     *_LOOPS,
-    "argmax",
-    "argmin",
     "concatenate",
     "cumsum",
     "gather",
     "random_bits",
-    "random_bits",
-    "reduce_and",
-    "reduce_max",
-    "reduce_min",
-    "reduce_or",
-    "reduce_prod",
-    "reduce_sum",
     "scatter",
     "scatter-add",
     "sort",

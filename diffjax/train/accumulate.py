@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.core import checks
+from diffjax.core.numerics import at_least_float32
 from diffjax.core.random import sample_keys
 from diffjax.core.types import Array, Key, PyTree
 
@@ -68,7 +69,7 @@ def loss_and_gradient(
     else:
         grads, (loss, seen) = _in_turn(gradient, params, key, batch, accumulate, unroll)
     if scale is not None:
-        grads = jax.tree.map(lambda g: (_wide(g) / scale).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: (at_least_float32(g) / scale).astype(g.dtype), grads)
     return loss, seen, grads
 
 
@@ -91,14 +92,14 @@ def _in_turn(
 
     parts = (cut(sample_keys(key, size)), jax.tree.map(cut, batch))
     shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda leaf: leaf[0], parts))
-    zero = jax.tree.map(lambda s: _wide(jnp.zeros(s.shape, s.dtype)), shapes)
+    zero = jax.tree.map(lambda s: at_least_float32(jnp.zeros(s.shape, s.dtype)), shapes)
 
     def add(total, part):
         keys, images = part
         if unroll:
             images = _after(total[0], images)
         grads = gradient(params, keys, images)
-        return jax.tree.map(lambda t, g: t + _wide(g), total, grads), None
+        return jax.tree.map(lambda t, g: t + at_least_float32(g), total, grads), None
 
     total, _ = jax.lax.scan(add, zero, parts, unroll=unroll)
     return jax.tree.map(lambda t, s: (t / n).astype(s.dtype), total, shapes)
@@ -118,7 +119,3 @@ def _mean(values: Array) -> Array:
     """The mean over all elements, in at least float32."""
     values = jnp.asarray(values)
     return jnp.mean(values, dtype=jnp.promote_types(values.dtype, jnp.float32))
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
+from diffjax.core.pytree import named
 from diffjax.core.types import PyTree
 from diffjax.version import __version__
 
@@ -64,12 +63,7 @@ def parse(raw: Mapping[str, Any], path: Path) -> Meta:
 
 def shapes(tree: PyTree) -> Shapes:
     """Shapes by name. Keys are left out: they are stored as the numbers that they are made of."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        name: tuple(leaf.shape)
-        for path, leaf in leaves
-        if (name := jax.tree_util.keystr(path, simple=True, separator="/")) != "key"
-    }
+    return {name: tuple(leaf.shape) for name, leaf in named(tree).items() if name != "key"}
 
 
 def check_same(stored: Shapes, wanted: Shapes, path: Path, item: str) -> None:

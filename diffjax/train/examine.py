@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax
 import jax
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffjax.core.numerics import at_least_float32
+from diffjax.core.pytree import named
 from diffjax.core.types import Array, PyTree
-from diffjax.train.accumulate import LossFn
+from diffjax.train.accumulate import LossFn, Means, loss_and_gradient
 from diffjax.train.state import TrainState
 
 _LIBRARIES = tuple(str(Path(m.__file__).parent) for m in (jax, flax, optax) if m.__file__)
@@ -33,8 +35,8 @@ class Examined(NamedTuple):
 
 def examine(state: TrainState, batch: PyTree, loss_fn: LossFn) -> Examined:
     """The update that follows `state`, with the key and loss of `step.train_step`; none is made."""
-    (_, (losses, aux)), grads = _value_and_grad(state, batch, loss_fn)
-    return Examined(losses, aux, _norms(state.params), _norms(grads))
+    _, seen, grads = _parts(state, batch, loss_fn)
+    return Examined(seen["losses"], seen["aux"], _norms(state.params), _norms(grads))
 
 
 def origin(state: TrainState, batch: PyTree, loss_fn: LossFn) -> str | None:
@@ -45,7 +47,7 @@ def origin(state: TrainState, batch: PyTree, loss_fn: LossFn) -> str | None:
     """
     try:
         with jax.debug_nans(True):
-            jax.block_until_ready(_value_and_grad(state, batch, loss_fn))
+            jax.block_until_ready(_parts(state, batch, loss_fn))
     except FloatingPointError as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if not f.filename.startswith(_LIBRARIES)]
@@ -70,23 +72,20 @@ def first_bad(examined: Examined) -> str | None:
 
 def by_name(tree: PyTree) -> dict[str, float]:
     """Numbers by the path of their leaf, in the order of the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): float(v) for p, v in leaves}
+    return {name: float(value) for name, value in named(tree).items()}
 
 
-def _value_and_grad(state: TrainState, batch: PyTree, loss_fn: LossFn) -> Any:
+def _parts(state: TrainState, batch: PyTree, loss_fn: LossFn) -> tuple[Array, Means, PyTree]:
+    """The mean loss, the losses and aux of the images, and the gradient."""
     key = jax.random.fold_in(state.key, state.step)
-
-    def objective(params):
-        losses, aux = loss_fn(params, key, batch)
-        return jnp.mean(losses, dtype=jnp.promote_types(losses.dtype, jnp.float32)), (losses, aux)
-
-    return jax.value_and_grad(objective, has_aux=True)(state.params)
+    return loss_and_gradient(
+        loss_fn,
+        state.params,
+        key,
+        batch,
+        summarise=lambda losses, aux: {"losses": losses, "aux": aux},
+    )
 
 
 def _norms(tree: PyTree) -> PyTree:
-    def norm(leaf):
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.sqrt(jnp.sum(jnp.square(wide)))
-
-    return jax.tree.map(norm, tree)
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x))), at_least_float32(tree))

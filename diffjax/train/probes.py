@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffjax.core.numerics import at_least_float32
 from diffjax.core.pytree import pytree, static
 from diffjax.core.types import Array, PyTree
 from diffjax.train.accumulate import means
@@ -181,12 +182,8 @@ def _merged(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _norm(tree: PyTree) -> Array:
     """||.|| in at least float32."""
-    norm = optax.tree.norm(jax.tree.map(_at_least_float32, tree))
+    norm = optax.tree.norm(at_least_float32(tree))
     return jnp.asarray(norm)
-
-
-def _at_least_float32(leaf: Array) -> Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -37,6 +37,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffjax.core.pytree import leaf_name, named
 from diffjax.core.types import PyTree
 from diffjax.train.mesh import FSDP, TENSOR, replicated
 from diffjax.train.state import TrainState
@@ -76,7 +77,7 @@ def state_sharding(
     Raises ValueError for a rule that matches no parameter or does not fit one that it matches.
     """
     fsdp = mesh.shape[FSDP]
-    leaves = {_name(path): leaf.shape for path, leaf in _flat(state.params)}
+    leaves = {name: leaf.shape for name, leaf in named(state.params).items()}
     for pattern, _ in rules:
         if not any(re.search(pattern, name) for name in leaves):
             raise ValueError(
@@ -90,7 +91,7 @@ def state_sharding(
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         # The longest name that the path ends in, so that "a/w" is not taken for "w".
-        owner = next((n for n in _endings(_name(path)) if leaves.get(n) == leaf.shape), None)
+        owner = next((n for n in _endings(leaf_name(path)) if leaves.get(n) == leaf.shape), None)
         spec = _split(leaf.shape, (), fsdp, min_size) if owner is None else specs[owner]
         while spec and spec[-1] is None:
             spec = spec[:-1]
@@ -107,7 +108,7 @@ def fetched(loss_fn: Loss, sharding: PyTree) -> Loss:
     its gradient lies as it does: the weights travel and never the activations, and an optimizer's
     update needs its own slice only. Without "fsdp" in any of them the loss is returned as it is.
     """
-    if not any(FSDP in _axes(entry) for s in jax.tree.leaves(sharding) for entry in s.spec):
+    if not any(FSDP in axes_of(entry) for s in jax.tree.leaves(sharding) for entry in s.spec):
         return loss_fn
     whole = jax.tree.map(_without_fsdp, sharding)
 
@@ -160,7 +161,7 @@ def _by_rule(mesh: Mesh, name: str, shape: Shape, rules: Sequence[Rule]) -> Spec
 def _split(shape: Shape, spec: Spec, fsdp: int, min_size: int) -> Spec:
     """`spec` with "fsdp" on the largest free axis that it divides, where the leaf is large."""
     spec = (*spec, *[None] * (len(shape) - len(spec)))
-    taken = any(FSDP in _axes(entry) for entry in spec)
+    taken = any(FSDP in axes_of(entry) for entry in spec)
     if fsdp == 1 or taken or math.prod(shape) < min_size:
         return spec
     free = [i for i, n in enumerate(shape) if spec[i] is None and n % fsdp == 0 and n]
@@ -173,7 +174,7 @@ def _split(shape: Shape, spec: Spec, fsdp: int, min_size: int) -> Spec:
 def _check_fits(mesh: Mesh, name: str, shape: Shape, pattern: str, spec: PartitionSpec) -> None:
     """Raises ValueError for a rule with other axes than the mesh's or that do not divide."""
     rule = f"The rule {pattern!r}, {spec}, does not fit {name} of shape {shape}"
-    unknown = [axis for entry in spec for axis in _axes(entry) if axis not in mesh.shape]
+    unknown = [axis for entry in spec for axis in axes_of(entry) if axis not in mesh.shape]
     if unknown:
         raise ValueError(f"{rule}: the mesh has the axes {', '.join(mesh.shape)}; got {unknown}.")
     if len(spec) > len(shape):
@@ -186,26 +187,18 @@ def _check_fits(mesh: Mesh, name: str, shape: Shape, pattern: str, spec: Partiti
             )
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def axes_of(entry: Any) -> tuple[str, ...]:
     """The mesh's axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _devices(mesh: Mesh, entry: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in _axes(entry))
+    return math.prod(mesh.shape[axis] for axis in axes_of(entry))
 
 
 def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
-    spec = (tuple(a for a in _axes(entry) if a != FSDP) or None for entry in sharding.spec)
+    spec = (tuple(a for a in axes_of(entry) if a != FSDP) or None for entry in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _flat(tree: PyTree) -> list[Any]:
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _endings(name: str) -> Iterator[str]:

@@ -7,7 +7,6 @@ this machine.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from diffjax.runs.extractors import Extractor
 from diffjax.runs.feature_net import train_feature_net
 from diffjax.runs.gather import gather
 from diffjax.runs.workdir import load_config
+from tests.runs.group import free_port
 
 TOTAL, ROWS = 29, 8  # images, in four batches
 
@@ -163,17 +163,11 @@ def test_alone_nothing_is_exchanged():
 # Real processes.
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return str(found.getsockname()[1])
-
-
 def run_processes(count, workdir, net, out):
     """Runs `two_processes` in `count` processes of two devices each."""
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    rest = [str(count), free_port(), str(workdir), str(net), str(out)]
+    rest = [str(count), str(free_port()), str(workdir), str(net), str(out)]
     command = [sys.executable, "-m", "tests.runs.two_processes"]
     with open(out / f"log_{count}", "w+") as log:
         processes = [

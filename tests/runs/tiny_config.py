@@ -3,7 +3,7 @@
 --config=tests/runs/tiny_config.py, `:endless` for one that is stopped from outside.
 """
 
-from configs import common
+from configs import common, digits
 
 
 def get_config(mode: str = "short"):
@@ -43,15 +43,5 @@ def get_config(mode: str = "short"):
         "final": "to_end",
     }
     config.eval.update({"batch_size": 4, "num_samples": 10})
-    config.data = {
-        "name": "digits",
-        "train_split": "train",
-        "eval_split": "test",
-        "image_size": 8,
-        "num_channels": 1,
-        "levels": 17,
-        "centered": True,
-        "random_flip": False,
-        "uniform_dequantization": True,
-    }
+    config.data = digits.get_config().data
     return config

@@ -283,8 +283,11 @@ def test_fetched_weights_are_let_go():
     on = sharded.mesh_of((1, 8, 1))
     layout = [NamedSharding(on, PartitionSpec("fsdp"))] * 8
     fits_without_all_weights(sharding.fetched(deep, layout), layout)
+
     # In a type of its own, as a network computes in bfloat16, a weight is let go too.
-    narrow = lambda weights, x: deep([w.astype(jnp.bfloat16) for w in weights], x)  # noqa: E731
+    def narrow(weights, x):
+        return deep([w.astype(jnp.bfloat16) for w in weights], x)
+
     fits_without_all_weights(sharding.fetched(narrow, layout), layout)
 
     def keeping(weights, x):
