@@ -62,11 +62,16 @@ def shaped(config: ConfigDict, mode: str) -> ConfigDict:
     if mode not in ("full", "quick"):
         raise ValueError(f"A config comes as 'full' or 'quick'; got {mode!r}.")
     config.data = {**_READING, **config.data}
+    config.model = {**_COST, **config.model}
+    config.ema = {"offload": False, **config.ema}
     return _quick(config) if mode == "quick" else config
 
 
 # How the data of any config are read ahead, see `diffjax.builders.data.Reading`.
 _READING = {"workers": 0, "ahead": 2, "placed": 1}
+
+# What any shipped network computes in, and whether its blocks are recomputed in the backward pass.
+_COST = {"dtype": "float32", "remat": False}
 
 
 _QUICK_TRANSFORMER = {"depth": 2, "width": 32, "num_heads": 2}

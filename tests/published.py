@@ -115,7 +115,10 @@ COMMON = {
     "training.init_from": "",
     "training.on_divergence": "stop",
     "training.divergence_limit": 10,
+    "model.dtype": "float32",
+    "model.remat": False,  # costs time, changes no number
     "ema.name": "constant",
+    "ema.offload": False,
     "mesh.data": -1,  # all devices, as the reference's
     "mesh.fsdp": 1,
     "mesh.tensor": 1,

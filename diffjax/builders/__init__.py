@@ -14,6 +14,7 @@ Fields of sections that are no arguments of a member:
     model.dtype         "float32" (default), "bfloat16" or "float16": what the network computes in.
                         Weights, averages, gradients, normalisation, softmax, sums, losses and
                         solvers stay in float32. float16 also scales the loss in training.
+    model.remat         True recomputes each block in the backward pass: less memory, more time
     optim.loss_scale    {"initial": 2.0**15, "period": 2000}, optional, of float16 only
     optim.moment_dtype  "float32" or "bfloat16": Adam's first moment; the second stays float32
     training.accumulate micro-batches of an update; batch_size is that of the update
@@ -67,6 +68,7 @@ from diffjax.builders.training import (
     build_loss,
     build_offload,
     build_optimizer,
+    build_prepare,
     build_times,
     is_classifier,
 )
@@ -96,6 +98,7 @@ __all__ = [
     "build_offload",
     "build_optimizer",
     "build_parts",
+    "build_prepare",
     "build_probes",
     "build_quantisation",
     "build_reading",

@@ -42,7 +42,10 @@ class RunError(ValueError):
 
 
 def _from_1(config: dict[str, Any]) -> dict[str, Any]:
+    model, own = config["model"], ":" in config["model"]["name"]
     return config | {
+        "model": model if own else {"dtype": "float32", "remat": False} | model,
+        "ema": {"offload": False} | config["ema"],
         "optim": {"moment_dtype": "float32"} | config.get("optim", {}),
         "data": {"workers": 0, "ahead": 2, "placed": 1} | config.get("data", {}),
     }
@@ -189,8 +192,12 @@ def _migrated(schema: int, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """A plain config without what changes no number: the mesh, and how batches are read ahead."""
-    data = dict(config.get("data", {}))
+    """A plain config without what changes no number: the mesh, and how batches are read ahead.
+
+    A field that is left out has its default: whether it is said makes no other config.
+    """
+    config = _migrated(1, config)
+    data = dict(config["data"])
     for name in ("workers", "ahead", "placed"):
         data.pop(name, None)
     return config | {"mesh": None, "data": data}

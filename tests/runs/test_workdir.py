@@ -46,17 +46,19 @@ def test_a_config_of_schema_1_gets_the_defaults_of_later_fields(tmp_path):
     today = plain(load_config("digits:quick"))
     early = json.loads(json.dumps(today))
     later = ["training.keep", "training.init_from", "optim.moment_dtype", "data.workers"]
-    for section, field in (name.split(".") for name in [*later, "data.ahead", "data.placed"]):
+    later += ["data.ahead", "data.placed", "model.dtype", "model.remat"]
+    for section, field in (name.split(".") for name in later):
         del early[section][field]
     del early["mesh"]
-    # A section whose fields depend on its name is left as it is.
     early["ema"] = {"name": "half_life", "half_life_images": 500.0}
     (tmp_path / "config.json").write_text(json.dumps({"schema": 1, "config": early}))
     read = plain(read_config(tmp_path))
-    assert read == today | {"ema": early["ema"]}
-    # The same command as then goes on in this directory.
+    assert read == today | {"ema": early["ema"] | {"offload": False}}
+    # The same command as then goes on in this directory, whether it says the default or not.
     config = load_config("digits:quick").unlock()
     config.ema = early["ema"]
+    claim(tmp_path, config)
+    config.ema.offload = False
     claim(tmp_path, config)
     config.training.keep.best = 1
     with pytest.raises(RunError, match=r"training\.keep\.best: 0 -> 1"):
