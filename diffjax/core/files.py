@@ -28,7 +28,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _mode(path: Path) -> int:
@@ -41,8 +41,8 @@ def _mode(path: Path) -> int:
     return 0o666 & ~mask
 
 
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself last through a power cut, where the system can."""
+def sync_directory(directory: Path) -> None:
+    """Makes names given and taken in a directory last through a power cut, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:

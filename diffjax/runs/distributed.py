@@ -34,6 +34,7 @@ import numpy as np
 
 from diffjax.runs import hosts
 from diffjax.runs.workdir import RunError, claim
+from diffjax.train.storage import causes
 
 ADDRESS, NUMBER, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _FLAGS = {ADDRESS: "--coordinator", NUMBER: "--num_processes", INDEX: "--process_id"}
@@ -209,17 +210,17 @@ def _agreed(start: int, n_jitted_steps: int) -> Iterator[bool]:
 
     The service names one update, the first that no process has asked for, and says yes to that
     number alone. So each number is asked for once and in order, also those before `start`: the
-    notice may have come before there was a step.
+    notice may have come before there was a step. And after a rollback, whose updates are numbered
+    on: once it is yes it stays so, also where the update that all were to save was a bad one.
     """
     from jax.experimental import multihost_utils
 
-    asked = 0
+    asked, reached = 0, False
     while True:
         upto = max(asked, start) + n_jitted_steps
-        steps = range(asked + 1, upto + 1)
-        # All before any: each number is asked for, also after a yes.
-        answers = [multihost_utils.reached_preemption_sync_point(step) for step in steps]
-        yield any(answers)
+        for step in range(asked + 1, upto + 1):  # each number, also after a yes
+            reached |= multihost_utils.reached_preemption_sync_point(step)
+        yield reached
         asked = upto
 
 
@@ -280,8 +281,9 @@ def claim_together(workdir: Path, config: Any) -> None:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error means that another process is gone."""
-    text = str(error).lower() if isinstance(error, jax.errors.JaxRuntimeError) else ""
+    """Whether an error means that another process is gone: it, or one that it came from."""
+    found = (e for e in causes(error) if isinstance(e, jax.errors.JaxRuntimeError))
+    text = " ".join(str(e).lower() for e in found)
     return jax.distributed.is_initialized() and any(mark in text for mark in _LOSSES)
 
 
@@ -305,7 +307,8 @@ def losses_end() -> Iterator[None]:
         yield
     except Exception as error:
         if is_loss(error):
-            print(lost_message(error), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk
+                print(lost_message(error), file=sys.stderr, flush=True)
             timer = threading.Timer(_TIDYING, os._exit, (LOST,))
             timer.daemon = True
             timer.start()

@@ -10,8 +10,9 @@ Layout, one directory a step, complete as soon as it has its name:
 Saving copies the state off the devices and returns. The files are written meanwhile by Orbax; when
 all processes are done, the first one reads them once more for the manifest, and then renames the
 directory. So a process killed at any moment leaves a temporary directory that no reader takes for a
-checkpoint, and never a checkpoint without its checksums. Two small files beside these, Orbax's own
-time stamps, are in no manifest: nothing is read from them.
+checkpoint, and never a checkpoint without its checksums. All files are on the disk before the
+manifest is, and the name is when `wait` returns: so it is with the machine's power too. Two small
+files beside these, Orbax's own time stamps, are in no manifest: nothing is read from them.
 
 Schema 1 had one averaged tree, which is now the track "main", and no manifest; it is still read.
 """
@@ -29,10 +30,12 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from diffjax.core.files import sync_directory
 from diffjax.core.types import PyTree
 from diffjax.train import checksums, contents, storage
 from diffjax.train.contents import CheckpointError, Meta
 from diffjax.train.keep import Best, policy
+from diffjax.train.manager import Manager
 from diffjax.train.state import TrainState
 
 T = TypeVar("T")
@@ -50,8 +53,8 @@ class Checkpointer:
     keep_every: those at multiples of it stay for good; None for none. best: those with the lowest
     figure stay too; None for no such rule. writable: False for a reader, which leaves the directory
     as it is, also while a run writes there.
-    Raises OSError naming the directory where it cannot be written, CheckpointError where a reader
-    finds none.
+    Of several processes each makes one. Raises OSError naming the directory where it cannot be
+    written, CheckpointError where a reader finds none and where the processes see others.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Checkpointer:
         self._best = best
         self._figures: dict[int, float] = {}  # of `best`, by step
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
+        self._manager = Manager(
             self.directory,
             item_handlers={
                 _TRAIN: ocp.StandardCheckpointHandler(),
@@ -96,6 +99,12 @@ class Checkpointer:
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
+        if not storage.same(self.steps()):
+            raise CheckpointError(
+                f"{self.directory} does not hold the same checkpoints in all processes, here those "
+                f"of steps {self.steps()}. Use storage that all share, or start again once all see "
+                "the same."
+            )
         if best is not None:
             self._figures |= self.figures(best.metric)
 
@@ -216,13 +225,17 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when all saves are on disk; raises SaveError where one is not."""
-        with self._naming_failures():
-            self._manager.wait_until_finished()
+        self._finish(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Finishes the writing and frees the threads. Raises SaveError."""
+        self._finish(self._manager.close)
+
+    def _finish(self, finish: Callable[[], None]) -> None:
         with self._naming_failures():
-            self._manager.close()
+            finish()
+        if self._writable:
+            sync_directory(self.directory)
 
     def _write_manifest(self) -> None:
         # Only one save is under way at a time, and what a killed run left was removed before.
@@ -267,7 +280,7 @@ class Checkpointer:
         for candidate in steps if step is None else [step]:
             try:
                 storage.agreed(functools.partial(self._verify, candidate, items))
-                meta = self._meta(candidate)
+                meta = storage.agreed(functools.partial(self._meta, candidate))
                 result = storage.agreed(functools.partial(read, meta))
             except CheckpointError:
                 raise
@@ -303,13 +316,15 @@ class Checkpointer:
         for step in damaged:
             # Only now that an older one was read: what fails for all of them is not damage.
             aside = self._path(step).with_name(f"{step}.damaged")
-            if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged once before
-                self._path(step).rename(aside)
+            storage.agreed(functools.partial(self._move, step, aside))
             self._figures.pop(step, None)
             _log.warning("Set aside as %s; going on from step %d.", aside, good)
-        storage.agreed(lambda: None)
         self._manager.reload()
+
+    def _move(self, step: int, aside: Path) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # the same step, damaged once before
+            self._path(step).rename(aside)
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)

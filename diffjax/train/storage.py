@@ -1,11 +1,13 @@
 """What checkpoints need of the file system, and of the other processes of a run."""
 
 import errno
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -40,22 +42,42 @@ def check_writable(directory: Path) -> None:
 
 def error_number(error: BaseException) -> int | None:
     """The system's number behind an error, or None where the system has nothing to do with it."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno is not None:
             return seen.errno
         # Storage that is not Python's passes the system's words on, without the number.
         for code in FULL_OR_BROKEN:
             if os.strerror(code) in str(seen):
                 return code
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, the one it came from, and so on. One that was raised twice may be its own cause."""
+    seen: BaseException | None = error
+    known: set[int] = set()
+    while seen is not None and id(seen) not in known:
+        yield seen
+        known.add(id(seen))
+        seen = seen.__cause__ or seen.__context__
 
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+
+
+def same(numbers: Sequence[int]) -> bool:
+    """Whether the numbers are the same in every process of the run, which all call this alike."""
+    if jax.process_count() == 1:
+        return True
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(list(numbers)).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    found: Any = multihost_utils.process_allgather(digest)
+    return bool((np.asarray(found) == digest).all())
 
 
 def agreed(work: Callable[[], T]) -> T:

@@ -77,17 +77,21 @@ class JsonlWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         if self._row and self._row["step"] != step:
-            self.flush()
+            self._end_line()
         self._row |= {"step": int(step)} | {name: _number(v) for name, v in scalars.items()}
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         del step, images
 
-    def flush(self) -> None:
+    def _end_line(self) -> None:
         if self._row:
             self._file.write(json.dumps(self._row) + "\n")
             self._row = {}
         self._file.flush()
+
+    def flush(self) -> None:
+        self._end_line()
+        os.fsync(self._file.fileno())  # a checkpoint that lasts has its figures before it
 
     def close(self) -> None:
         self.flush()

@@ -1,10 +1,13 @@
 """The command: what it prints, its exit codes, and that mistakes damage nothing."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diffjax.cli import flags
 from diffjax.cli.main import main
 from diffjax.cli.sample import numbers
 from diffjax.runs.workdir import RunError
@@ -181,3 +184,22 @@ def test_numbers_read_ranges():
             numbers("seeds", text)
     with pytest.raises(RunError, match=r"below 2\*\*32; got 4294967296"):
         numbers("seeds", "0,4294967296")
+
+
+def test_a_log_on_the_full_disk_does_not_change_the_exit_code():
+    """Neither what is said last nor what waits to be written can be."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full")
+    code = """
+import sys
+from diffjax.cli import flags
+from diffjax.train.storage import SaveError
+def work():
+    print("waits")
+    raise SaveError(28, "no space")
+sys.exit(flags.guarded("train", work))
+"""
+    with full.open("w") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log)
+    assert done.returncode == flags.FULL

@@ -6,12 +6,13 @@ Each fault starts as many processes as it likes, so that their number changes fr
 import contextlib
 import functools
 import itertools
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.faults.driver import SAVED, Victim
+from tests.faults.driver import FULL, SAVED, Victim
 from tests.runs.group import Group, running
 
 LOST = 4  # exit code
@@ -75,6 +76,20 @@ def kill_one(victim: Victim, count: int = 2) -> str:
     return f"1 of {count} killed" if seconds < 60 else f"1 of {count} killed, slowly"
 
 
+def limit_one(victim: Victim, count: int = 2) -> str:
+    """One process may write no large file, as on a full disk: all end by themselves."""
+    with victim.start(count) as run:
+        victim.get_on(run)
+        limited = victim.rng.randrange(count)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(run.group.processes[limited].pid, resource.RLIMIT_FSIZE, (2000, hard))
+        codes = run.group.wait(PEER_TIMEOUT + 120)
+        others = [code for index, code in enumerate(codes) if index != limited]
+        assert codes[limited] == FULL, (codes, limited, run.stderr.read())
+        assert all(code in (LOST, -6) for code in others), (codes, limited, run.stderr.read())
+    return f"1 of {count} limited"
+
+
 def kill_all(victim: Victim, count: int = 2) -> str:
     """SIGKILL to all at once."""
     with victim.start(count) as run:
@@ -98,4 +113,4 @@ FAULTS = {
     for fault in (kill_one, terminate_one, kill_all)
     for count in COUNTS
     if count > 1 or fault is not kill_one
-}
+} | {"limit_one 2": limit_one}

@@ -19,7 +19,7 @@ from tests.runs import group
 
 pytestmark = pytest.mark.slow
 
-NUMBER = int(os.environ.get("DIFFJAX_FAULTS_SEVERAL", "8"))
+NUMBER = int(os.environ.get("DIFFJAX_FAULTS_SEVERAL", "9"))
 EVERY, STEPS = 40, 160 * NUMBER
 COMMAND = [
     *["-m", "diffjax", "train", "--noprogress"],

@@ -115,6 +115,37 @@ def test_all_stop_after_the_same_dispatch(k, start, before, when, monkeypatch):
     assert stopped == [max(before, when) + 1] * 2
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_yes_stays_where_the_run_goes_back(ahead, monkeypatch):
+    """The update that all were to save was a bad one, and another attempt begins."""
+    service = Service(2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: service.reached(now, step)
+    )
+    asks = [distributed._agreed(0, 1) for _ in range(2)]
+    for now, dispatches in enumerate((5, 5 + ahead)):
+        assert not any(next(asks[now]) for _ in range(dispatches))
+    service.notice()
+    for now, left in enumerate((1 + ahead, 1)):
+        answers = [next(asks[now]) for _ in range(left + 2)]
+        assert answers == [False] * (left - 1) + [True] * 3
+
+
+def test_a_loss_is_known_by_its_cause(monkeypatch):
+    """Waiting for a save whose time is up is the loss that made it so; alone there is none."""
+    late = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    late.__cause__ = jax.errors.JaxRuntimeError("UNAVAILABLE: a task has stopped its heartbeats")
+    assert not distributed.is_loss(late)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert distributed.is_loss(late) and distributed.is_loss(late.__cause__)
+    assert not distributed.is_loss(TimeoutError("UNAVAILABLE"))
+    ring = OSError("no space")
+    ring.__cause__ = ValueError()
+    ring.__cause__.__cause__ = ring  # as where it is raised again
+    assert not distributed.is_loss(ring)
+    assert not distributed.is_loss(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory"))
+
+
 def test_two_processes_meet_compare_and_stop(tmp_path):
     with group.running(tmp_path, 2, "-m", "tests.runs.meeting", devices=1) as both:
         assert both.wait() == [0, 0], both.everything()

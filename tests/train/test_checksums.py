@@ -26,12 +26,35 @@ def directory(tmp_path):
 def test_sizes_and_digests_are_those_of_another_program(directory):
     listed = json.loads((directory / NAME).read_text())["files"]
     assert listed.keys() == FILES.keys()
+    if shutil.which("sha256sum") is None:
+        pytest.skip("sha256sum is not here")
+    for name, (size, digest) in listed.items():
+        assert (size, digest) == (len(FILES[name]), digest_by("sha256sum", directory / name))
+
+
+def digest_by(*command):
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_manifests_of_blake2_are_still_read(directory):
+    """As they were written at first, here by another program."""
     if shutil.which("b2sum") is None:
         pytest.skip("b2sum is not here")
-    for name, (size, digest) in listed.items():
-        command = ["b2sum", "-l", "128", str(directory / name)]
-        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert (size, digest) == (len(FILES[name]), known[0])
+    b2sum = ("b2sum", "-l", "128")
+    files = {name: [len(FILES[name]), digest_by(*b2sum, directory / name)] for name in FILES}
+    (directory / "beside").write_text(json.dumps(files, sort_keys=True))
+    found = {"blake2b": digest_by(*b2sum, directory / "beside"), "files": files}
+    (directory / NAME).write_text(json.dumps(found, sort_keys=True, indent=1) + "\n")
+    verify(directory, ("a", "c"))
+    content = (directory / "c/three").read_bytes()
+    (directory / "c/three").write_bytes(content[:-1] + b"!")
+    with pytest.raises(Damaged, match="c/three is not what was written"):
+        verify(directory, ("a", "c"))
+    (directory / "c/three").write_bytes(content)
+    (directory / NAME).write_text(json.dumps(found | {"md5": "0"}, sort_keys=True, indent=1))
+    with pytest.raises(Damaged, match="manifest.json cannot be read"):
+        verify(directory, ("a", "c"))
 
 
 @pytest.mark.parametrize("name", [n for n, content in FILES.items() if content] + [NAME])
@@ -102,7 +125,7 @@ def test_processes_share_the_files_and_leave_none_out(directory):
 
 def test_a_manifest_that_cannot_be_written_leaves_none(directory, monkeypatch):
     (directory / NAME).unlink()
-    monkeypatch.setattr(checksums, "_digest", lambda path: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(checksums, "_digest", lambda *of: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match="gone"):
         write(directory)
     assert not (directory / NAME).exists()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,24 @@ def test_one_line_a_step(tmp_path):
         {"step": 1, "loss": 0.5, "eval_loss": 0.25, "count": 3},
         {"step": 2, "loss": None, "x": None},
     ]
+    writer.close()
+
+
+def test_flushed_figures_are_on_the_disk(tmp_path, monkeypatch):
+    """Where a checkpoint follows; a line of its own does not wait for the disk."""
+    path, sizes, fsync = tmp_path / "metrics.jsonl", [], os.fsync
+
+    def noting(handle):
+        fsync(handle)
+        sizes.append(os.fstat(handle).st_size)
+
+    writer = JsonlWriter(path)
+    monkeypatch.setattr(os, "fsync", noting)
+    for step in (1, 2):
+        writer.write_scalars(step, {"loss": 1.0})
+    assert len(read_jsonl(path)) == 1 and sizes == []
+    writer.flush()
+    assert len(read_jsonl(path)) == 2 and sizes == [path.stat().st_size]
     writer.close()
 
 
