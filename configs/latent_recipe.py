@@ -12,7 +12,7 @@ def dit(image_size: int) -> ConfigDict:
     config.precondition = {"name": "ddpm", "levels": 1000, "learned_variance": "range"}
     config.loss.times = {"name": "discrete", "levels": 1000, "stratified": False}
     config.loss.update({"name": "hybrid", "bound_weight": 1.0})
-    config.model = {"name": "dit", "size": "XL/2"}
+    config.model = {"name": "dit", "size": "XL/2", "scan": False}
     config.sampling = {
         "steps": 249,
         "grid": {"name": "uniform", "end": 1e-3},
@@ -28,7 +28,7 @@ def sit(image_size: int) -> ConfigDict:
     config.process = {"name": "rectified_flow"}
     config.precondition = {"name": "sit"}
     config.loss.weight = {"name": "velocity"}
-    config.model = {"name": "sit", "size": "XL/2"}
+    config.model = {"name": "sit", "size": "XL/2", "scan": False}
     config.sampling = {
         "steps": 1,  # of no effect: the solver chooses its own
         "grid": {"name": "uniform"},

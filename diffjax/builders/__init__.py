@@ -15,6 +15,8 @@ Fields of sections that are no arguments of a member:
                         Weights, averages, gradients, normalisation, softmax, sums, losses and
                         solvers stay in float32. float16 also scales the loss in training.
     model.remat         True recomputes each block in the backward pass: less memory, more time
+    model.scan          of dit and sit: True runs the blocks as one loop over their stacked weights,
+                        which with mesh.fsdp are fetched one block at a time
     optim.loss_scale    {"initial": 2.0**15, "period": 2000}, optional, of float16 only
     optim.moment_dtype  "float32" or "bfloat16": Adam's first moment; the second stays float32
     training.accumulate micro-batches of an update; batch_size is that of the update
@@ -37,7 +39,7 @@ Fields of sections that are no arguments of a member:
 from diffjax.builders.data import build_reading, build_source
 from diffjax.builders.keep import build_keep
 from diffjax.builders.make import BuildError, make
-from diffjax.builders.mesh import build_mesh, build_sharding
+from diffjax.builders.mesh import build_fetching, build_mesh, build_sharding
 from diffjax.builders.model import (
     LEARNED_VARIANCES,
     NETS,
@@ -92,6 +94,7 @@ __all__ = [
     "build_accumulate",
     "build_augment",
     "build_ema",
+    "build_fetching",
     "build_keep",
     "build_loss",
     "build_mesh",

@@ -14,6 +14,7 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 
 from diffjax.builders.make import BuildError, frozen
+from diffjax.builders.model import Parts
 from diffjax.core.types import PyTree
 
 _SPLIT = ("rules", "min_size")  # the fields of `state_sharding`; the others are `make_mesh`'s
@@ -52,3 +53,14 @@ def build_sharding(config: Any, devices: Mesh, state: PyTree) -> PyTree:
         return sharding.state_sharding(devices, state, **given)
     except (TypeError, ValueError) as error:
         raise BuildError(f"config.mesh: {error}") from error
+
+
+def build_fetching(parts: Parts, layout: PyTree) -> Parts:
+    """The parts to train with: a network that loops over its blocks fetches each one's weights.
+
+    layout: of the parameters, of `build_sharding`. Other networks are left as they are.
+    """
+    from diffjax.train.sharding import around_layer
+
+    around = around_layer(layout) if hasattr(parts.net, "around") else None
+    return parts if around is None else parts._replace(net=parts.net.clone(around=around))

@@ -23,15 +23,19 @@ learn_sigma doubles the channels of the result; the second half is the learned v
 those channels in its weights and does not return them: return_sigma=False.
 
 P is a parameter that no gradient reaches, so that it travels with a checkpoint; the reference
-counts it too. qkv holds (q, k, v) first, then heads, then channels, as the reference's.
+counts it too. qkv's kernel is (D, 3, D), for q, k and v in this order: heads are runs of channels
+of each, so that devices can share a layer head by head.
+
+The weights of block i lie under "block_{i}", or with scan=True, all blocks' stacked along a first
+axis (depth, ...), under "stack"; `stacked` and `unstacked` make one of the other.
 
 References: Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023,
 https://arxiv.org/abs/2212.09748. Ma et al., "SiT: Exploring Flow and Diffusion-based Generative
 Models with Scalable Interpolant Transformers", 2024, https://arxiv.org/abs/2401.08740.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +43,12 @@ import numpy as np
 from flax import linen as nn
 
 from diffjax.core import checks
-from diffjax.core.types import Array
+from diffjax.core.types import Array, PyTree
 from diffjax.nets import frame
 from diffjax.nets.embed import Dtype, check_dtype, per_sample, wide
 from diffjax.nets.inputs import class_labels, cosine_embedding
-from diffjax.nets.linear import Dense
+from diffjax.nets.linear import Dense, DenseGeneral
+from diffjax.nets.recompute import recompute
 
 FREQUENCIES = 256  # width of the sinusoids of eq. (2)
 
@@ -54,6 +59,13 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+
+BlockFn = Callable[[PyTree, Array, Array], Array]
+STACK = "stack"  # all blocks' weights with scan=True, `diffjax.train.sharding` knows it by name
+
+# What a loop keeps for the backward one. Left to itself JAX keeps every value in between, which the
+# compiler cannot make again from others as it does without a loop.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 _xavier = nn.initializers.xavier_uniform()
 _small = nn.initializers.normal(0.02)
@@ -99,7 +111,8 @@ class DiTBlock(nn.Module):
         modulation = _dense(6 * features, c.dtype, "adaLN", _zero)(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
-        h = _dense(3 * features, self.dtype, "qkv")(_modulate(z, shift1, scale1, self.dtype))
+        qkv = DenseGeneral((3, features), dtype=self.dtype, kernel_init=_xavier, name="qkv")
+        h = qkv(_modulate(z, shift1, scale1, self.dtype))
         q, k, v = jnp.moveaxis(h.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
         h = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
         h = _dense(features, self.dtype, "proj")(h.reshape(z.shape))
@@ -134,6 +147,10 @@ class DiT(nn.Module):
       dtype: type of the linear maps and attention; parameters stay float32, and so do the sums
         along depth, normalisation, softmax and conditions. The result is float32 or wider.
       remat: recomputes each block in the backward pass of training (reverse mode only).
+      scan: the blocks are one loop over their stacked weights, so that a program's size and the
+        time to compile it do not grow with depth.
+      around: with scan, what wraps the function (weights, z, c) -> z of one block inside the loop,
+        such as one that fetches the weights from other devices (`train.sharding.around_layer`).
     """
 
     depth: int = 28
@@ -151,6 +168,8 @@ class DiT(nn.Module):
     implementation: Literal["xla", "cudnn"] | None = None
     dtype: Dtype = jnp.float32
     remat: bool = False
+    scan: bool = False
+    around: Callable[[BlockFn], BlockFn] | None = None
 
     def __post_init__(self) -> None:
         """Checks the options that do not depend on the data; __call__ checks the rest."""
@@ -198,11 +217,7 @@ class DiT(nn.Module):
         x = frame.as_batch(x)
         z, grid = self._patches(x)
         c = nn.silu(self._condition(label, cond, len(x), train))
-        for i in range(self.depth):
-            block = DiTBlock(
-                self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name=f"block_{i}"
-            )
-            z = frame.run(self, block, z, c, remat=self.remat and train)
+        z = self._blocks(z, c, remat=self.remat and train)
         channels = self.out_channels or x.shape[-1]
         total = 2 * channels if self.learn_sigma else channels
         shift, scale = jnp.split(_dense(2 * self.width, c.dtype, "final_adaLN", _zero)(c), 2, -1)
@@ -211,6 +226,35 @@ class DiT(nn.Module):
         out = self._image(z, grid).astype(wide(self.dtype))
         out = out if self.return_sigma else out[..., :channels]
         return out if batched else out[0]
+
+    def _blocks(self, z: Array, c: Array, *, remat: bool) -> Array:
+        """Eq. (3) for each block in turn, one after another or in a loop."""
+        _check_layout(self)
+        options = (self.num_heads, self.mlp_ratio, self.implementation, self.dtype)
+        if not self.scan:
+            for i in range(self.depth):
+                z = frame.run(self, DiTBlock(*options, name=f"block_{i}"), z, c, remat=remat)
+            return z
+        block = DiTBlock(*options, parent=None)
+
+        def create(key: Array) -> PyTree:
+            keys = jax.random.split(key, self.depth)
+            return jax.vmap(lambda key: block.init(key, z[:1], c[:1])["params"])(keys)
+
+        def apply(weights: PyTree, z: Array, c: Array) -> Array:
+            return cast(Array, block.apply({"params": weights}, z, c))
+
+        if self.around is None:
+            one = jax.checkpoint(apply, policy=_PRODUCTS, prevent_cse=False)
+        else:
+            one = self.around(apply)
+
+        def step(z: Array, weights: PyTree) -> tuple[Array, None]:
+            if remat:
+                return recompute(lambda z, weights, c: one(weights, z, c))(z, weights, c), None
+            return one(weights, z, c), None
+
+        return jax.lax.scan(step, z, self.param(STACK, create))[0]
 
     def _patches(self, x: Array) -> tuple[Array, tuple[int, int]]:
         """Eq. (1): tokens (B, T, D) in float32 or wider, and the grid of patches."""
@@ -254,6 +298,40 @@ class DiT(nn.Module):
         return c + rows(jnp.where(classes < 0, known, classes))
 
 
+def stacked(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The weights of a network with scan=True from those with scan=False.
+
+    params: its parameters, or a tree like them. Raises ValueError where it has no blocks.
+    """
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+    blocks = [params[f"block_{i}"] for i in range(len(params) - len(rest))]
+    if not blocks:
+        raise ValueError(f"no block_0 to stack among {', '.join(params)}: is it stacked already?")
+    return {**rest, STACK: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstacked(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The weights of a network with scan=False from those with scan=True.
+
+    params: its parameters, or a tree like them. Raises ValueError where nothing is stacked.
+    """
+    if STACK not in params:
+        raise ValueError(f"no {STACK!r} among {', '.join(params)}: is it unstacked already?")
+    rest, pile = {name: leaf for name, leaf in params.items() if name != STACK}, params[STACK]
+    depth = len(jax.tree.leaves(pile)[0])
+    return rest | {f"block_{i}": jax.tree.map(lambda w, i=i: w[i], pile) for i in range(depth)}
+
+
+def _check_layout(net: DiT) -> None:
+    """Raises ValueError for the weights of a network with the other value of scan."""
+    other, way = ("block_0", "stacked") if net.scan else (STACK, "unstacked")
+    if not net.is_initializing() and net.has_variable("params", other):
+        raise ValueError(
+            f"scan={net.scan}, and the weights, which have {other!r}, are of a network with "
+            f"scan={not net.scan}. Set it so, or give diffjax.nets.dit.{way}(params)."
+        )
+
+
 def _check_options(net: DiT) -> None:
     """Raises ValueError or TypeError for options that cannot be used."""
     for name in ("depth", "width", "num_heads", "patch_size"):
@@ -263,6 +341,8 @@ def _check_options(net: DiT) -> None:
             checks.at_least(name, getattr(net, name), 1)
     checks.positive("mlp_ratio", net.mlp_ratio)
     checks.in_range("label_dropout", net.label_dropout, 0.0, 1.0)
+    if net.around is not None and not net.scan:
+        raise ValueError("around acts in the loop over the blocks: set scan=True, or leave it out.")
     checks.one_of("implementation", net.implementation, (None, "xla", "cudnn"))
     check_dtype(net.dtype)
     if net.width % 4 or net.width % net.num_heads:

@@ -49,3 +49,13 @@ class Dense(nn.Dense):
     def __call__(self, inputs: Any) -> jax.Array:
         """(..., C) -> (..., features) in `dtype`."""
         return cast(jax.Array, super().__call__(inputs).astype(self.dtype))
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """flax's linear map to several axes, the bias added in float32."""
+
+    promote_dtype: Any = _promote
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """(..., C) -> (..., *features) in `dtype`."""
+        return cast(jax.Array, super().__call__(inputs).astype(self.dtype))

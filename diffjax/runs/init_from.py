@@ -9,6 +9,9 @@ WORKDIR:S. Leaves go by name ("Dense_0/kernel"), each on its own:
     missing          only in the network here; starts afresh
     unused           only in the source
 
+Blocks that are stacked in one of the two and apart in the other (`config.model.scan`) are named as
+in the source, and take its layout or leave it on the way.
+
 The optimizer and the step start afresh, every average starts at the weights. The first checkpoint
 is written at once, at step 0: from then on the source is not needed again.
 """
@@ -23,6 +26,7 @@ from flax.traverse_util import unflatten_dict
 
 from diffjax.core.pytree import leaf_name, named
 from diffjax.core.types import Array, PyTree
+from diffjax.runs import stacking
 from diffjax.runs.workdir import RunError
 
 LOADED, DIFFERS, MISSING, UNUSED = "loaded", "shape differs", "missing", "unused"
@@ -78,7 +82,7 @@ def compare(here: Shapes, there: Shapes) -> list[Row]:
 
 
 def read(source: str, like: PyTree) -> Start:
-    """The leaves of `source` that fit a network.
+    """The leaves of `source` that fit a network, by their names in the network.
 
     source: WORKDIR or WORKDIR:STEP. like: the network's abstract parameters; what is loaded has
     their dtypes and shardings, and nothing else is read.
@@ -91,16 +95,17 @@ def read(source: str, like: PyTree) -> Start:
     own = named(like)
     with Checkpointer(workdir, writable=False) as checkpointer:
         there, meta = checkpointer.ema_shapes(step)
-        rows = compare(shapes(like), there)
+        asked = stacking.as_there(own, there)
+        rows = compare(shapes(asked), there)
         names = [row.name for row in rows if row.fate == LOADED]
         if not names:
             raise RunError(
                 f"Nothing in {source} fits this network: no leaf has the same name and shape. "
                 f"There: {_some(there)}. Here: {_some(shapes(like))}."
             )
-        wanted = unflatten_dict({name: own[name] for name in names}, sep="/")
+        wanted = unflatten_dict({name: asked[name] for name in names}, sep="/")
         loaded, _ = checkpointer.restore_ema(wanted, meta.step, partial=True)
-    return Start(named(loaded), rows, f"{workdir}, step {meta.step}")
+    return Start(stacking.as_here(named(loaded), own), rows, f"{workdir}, step {meta.step}")
 
 
 def replaced(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:

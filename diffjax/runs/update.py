@@ -36,7 +36,8 @@ def build_update(config: Any, parts: builders.Parts, devices: Mesh) -> Update:
     shapes = jax.eval_shape(create, jax.random.key(config.seed))
     layout = builders.build_sharding(config, devices, shapes)
     layout = builders.build_offload(config, layout)
-    loss_fn = builders.build_loss(config, parts, train=True)
+    fetching = builders.build_fetching(parts, layout.params)
+    loss_fn = builders.build_loss(config, fetching, train=True)
     step_fn = step.compile_step(
         devices,
         loss_fn=loss_fn,
@@ -44,6 +45,7 @@ def build_update(config: Any, parts: builders.Parts, devices: Mesh) -> Update:
         ema=averages,
         schedule=schedule,
         accumulate=accumulate,
+        prepare=builders.build_prepare(config),
         probes=builders.build_probes(config),
         skip_bad=divergence.build_policy(config).name == "skip",
         state_sharding=layout,

@@ -319,7 +319,11 @@ def dit(params, patch, channels):
     parts = {"adaLN": "adaLN_modulation.1", "qkv": "attn.qkv", "proj": "attn.proj"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     for i in range(sum(name.startswith("block_") for name in params)):
-        found |= spell(params[f"block_{i}"], f"blocks.{i}", parts)
+        block = params[f"block_{i}"]
+        kernel, bias = (np.asarray(block["qkv"][name]) for name in ("kernel", "bias"))
+        # One row an output there: all of q, then of k, then of v.
+        flat = {"kernel": np.concatenate(np.moveaxis(kernel, 1, 0), axis=1), "bias": bias.ravel()}
+        found |= spell({**block, "qkv": flat}, f"blocks.{i}", parts)
     # A convolution's weight w[d, c, row, column] multiplies the pixel (row, column, c) of a patch.
     kernel = params["x_embedder"]["kernel"]
     weight = np.zeros((kernel.shape[1], channels, patch, patch), kernel.dtype)

@@ -11,7 +11,7 @@ from diffjax.core import tensorfile
 from diffjax.interop import diffusers, dit, edm, guided_diffusion
 from diffjax.interop.assign import WeightsError
 from diffjax.nets.adm import ADM
-from diffjax.nets.dit import DiT
+from diffjax.nets.dit import DiT, stacked
 from diffjax.nets.ncsnpp import NCSNpp
 from diffjax.nets.songunet import SongUNet
 from tests.interop import layouts, torchfiles
@@ -150,6 +150,12 @@ def test_dit():
     averaged = {f"model.{n}": 0 * t for n, t in tensors.items()}
     averaged |= {f"ema.{n}": t for n, t in tensors.items()}
     assert_equal(dit.from_torch(net, like_of(params), averaged), params)
+    scan = net.clone(scan=True)
+    looped = dit.from_torch(scan, jax.eval_shape(stacked, params), tensors)
+    # Each block's from its own file's name: the loop's result is that of the blocks in turn.
+    np.testing.assert_allclose(
+        scan.apply({"params": looped}, x, label, cond), got, atol=1e-5 * np.abs(want).max()
+    )
 
 
 def sizes_of(net):

@@ -167,7 +167,8 @@ def dit(params, x, label, cond, *, depth, width, num_heads, patch_size):
     for i in range(depth):
         q = params[f"block_{i}"]
         b1, s1, g1, b2, s2, g2 = np.split(linear(q["adaLN"], c)[:, None], 6, axis=-1)
-        qkv = linear(q["qkv"], layer_norm(z) * (1 + s1) + b1)
+        packed = {"kernel": q["qkv"]["kernel"].reshape(width, -1), "bias": q["qkv"]["bias"].ravel()}
+        qkv = linear(packed, layer_norm(z) * (1 + s1) + b1)
         d, heads = width // num_heads, []
         for head in range(num_heads):
             query, key, value = (qkv[..., n * width + head * d :][..., :d] for n in range(3))

@@ -23,10 +23,14 @@ SHAPE = (8, 8, 1)
 MIN_SIZE = 512
 NETS = {
     "dit": DiT(depth=1, width=32, num_heads=2, num_classes=None, learn_sigma=False),
+    # A loop over blocks; a block's weights are several times its activations.
+    "scan": DiT(
+        depth=3, width=64, num_heads=4, num_classes=None, learn_sigma=False, patch_size=4, scan=True
+    ),
     # DDPM++, one level of five residual blocks.
     "unet": NCSNpp(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), fir=False),
 }
-BLOCKS = {"dit": 1, "unet": 5}
+BLOCKS = {"dit": 1, "scan": 3, "unet": 5}
 SCHEDULE = optim.learning_rate(1e-3)
 OPTIMIZER = optim.adam(SCHEDULE, grad_clip=1.0)
 TRACKS = {"main": ema.ConstantEMA(0.9), "slow": ema.ConstantEMA(0.99)}
@@ -41,17 +45,23 @@ def params(name):
     return jax.tree.map(lambda s: np.asarray(0.1 * rng.normal(size=s.shape), s.dtype), shapes)
 
 
-def loss_fn(name):
+def loss_fn(net):
     """A denoising loss whose times and noise are an image's own."""
 
     def loss(weights, key, x):
         keys = sample_keys(key, x.shape[0])
         noise = normal_like(keys, "noise", x)
         t = jax.nn.sigmoid(normal_like(keys, "time", x[:, 0, 0, 0]))
-        out = NETS[name].apply({"params": weights}, x + noise, t)
+        out = net.apply({"params": weights}, x + noise, t, train=True)
         return jnp.mean(jnp.square(out - noise), axis=(1, 2, 3)), {}
 
     return loss
+
+
+def network(name, layout):
+    """The network as it is trained where its parameters lie so."""
+    around = sharding.around_layer(layout)
+    return NETS[name] if around is None else NETS[name].clone(around=around)
 
 
 def create(name):
@@ -83,7 +93,7 @@ def case(name, shape, batch=16):
     layout = sharding.state_sharding(on, shapes, min_size=MIN_SIZE)
     fn = step.compile_step(
         on,
-        loss_fn=loss_fn(name),
+        loss_fn=loss_fn(network(name, layout.params)),
         optimizer=OPTIMIZER,
         ema=TRACKS,
         schedule=SCHEDULE,
@@ -117,6 +127,14 @@ def collectives(text):
 def split_leaves(layout):
     """The parameters that lie in slices along "fsdp"."""
     return sum("fsdp" in tuple(s.spec) for s in jax.tree.leaves(layout.params))
+
+
+def in_loops(text):
+    """Counts of the collectives inside each loop of HLO, for those loops that have any."""
+    bodies = set(re.findall(r" while\(.*body=%?([\w.\-]+)", text))
+    parts = re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", text)
+    found = {part.split(" ", 1)[0].lstrip("%"): collectives(part) for part in parts}
+    return [found[name] for name in sorted(bodies) if found.get(name)]
 
 
 def main(shape, name):

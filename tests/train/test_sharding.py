@@ -135,13 +135,6 @@ def test_a_new_state_is_the_same_wherever_it_lies():
     toy.assert_bitwise(jax.device_get(split), jax.device_get(sharded.create("dit")))
 
 
-def test_a_whole_copy_for_one_device():
-    _, split = placed("dit", (1, 8, 1))
-    whole = sharding.on_one_device(split.ema["main"])
-    assert {d for leaf in jax.tree.leaves(whole) for d in leaf.devices()} == {jax.devices()[0]}
-    jax.tree.map(np.testing.assert_array_equal, whole, sharded.params("dit"))
-
-
 # --- The same numbers on every mesh --------------------------------------------------------------
 
 TOY = toy.OPTIMIZER
@@ -238,7 +231,7 @@ def test_without_fetching_activations_are_moved(monkeypatch):
 def test_a_forward_pass_fetches_each_leaf_once(name):
     on = sharded.mesh_of((1, 8, 1))
     layout, current = placed(name, (1, 8, 1))
-    loss = sharding.fetched(sharded.loss_fn(name), layout.params)
+    loss = sharding.fetched(sharded.loss_fn(sharded.NETS[name]), layout.params)
     forward = jax.jit(
         lambda params, x: jnp.mean(loss(params, jax.random.key(0), x)[0]),
         in_shardings=(layout.params, mesh.batch_sharding(on)),
