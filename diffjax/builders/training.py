@@ -1,5 +1,6 @@
 """Loss, optimizer and averaging of a config."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ WEIGHTS: dict[str, Callable[..., losses.Weight]] = {
     "sigmoid": losses.Sigmoid,
 }
 
+_STRATA = "strata"  # in a prepared batch, the fractions that stratified times are taken at
 _STREAMS = ("dropout", "label_dropout")  # of randomness in a network, beside the loss's own
 
 REDUCES: dict[str, Callable[..., Any]] = {
@@ -51,6 +53,30 @@ def build_times(section: Section) -> losses.TimeSampler:
     stratified = section.pop("stratified", False)
     times = make(TIMES, section, "loss.times")
     return losses.StratifiedTimes(times) if stratified else times
+
+
+def build_prepare(config: Any) -> Callable[[Key, Any], Any]:
+    """(key, batch) -> the batch with what its parts must know of the whole; see `accumulate`.
+
+    That is each image's place among stratified times, and otherwise nothing.
+    """
+    from diffjax.train import accumulate
+
+    if not dict(config.loss.times).get("stratified", False):
+        return accumulate.as_it_is
+
+    def prepare(key: Key, batch: Mapping[str, Array]) -> dict[str, Array]:
+        keys = sample_keys(key, batch["image"].shape[0])
+        return {**batch, _STRATA: losses.strata(keys)}
+
+    return prepare
+
+
+def _placed(times: losses.TimeSampler, batch: Mapping[str, Array]) -> losses.TimeSampler:
+    """The sampler for a batch that may be a part of one."""
+    if isinstance(times, losses.StratifiedTimes) and _STRATA in batch:
+        return dataclasses.replace(times, u=batch[_STRATA])
+    return times
 
 
 def build_augment(config: Any, parts: Parts) -> Any:
@@ -80,8 +106,8 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
     """loss_fn(params, key, batch) -> (per-image losses (B,), aux) of one batch of levels.
 
     key: one key, or (B,), one an image, of which alone its draws depend (but for stratified times).
-    batch: {"image": uint8 (B, H, W, C), "label": (B,) for a conditional network}. train: with
-    dropout, flips and augmentation.
+    batch: {"image": uint8 (B, H, W, C), "label": (B,) for a conditional network}; a part of a batch
+    with stratified times as `build_prepare` leaves it. train: with dropout, flips and augmentation.
     """
     if is_classifier(config):
         return _build_classification(config, parts, train=train)
@@ -92,9 +118,7 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
             f"config.loss.reduce must be one of {', '.join(REDUCES)}; got {config.loss.reduce!r}."
         )
     reduce = REDUCES[config.loss.reduce]
-    objective = functools.partial(
-        _objective(config, parts), times=times, weight=weight, reduce=reduce
-    )
+    objective = functools.partial(_objective(config, parts), weight=weight, reduce=reduce)
     if train:
         objective = functools.partial(objective, watch=functools.partial(watch_output, parts))
     augment = build_augment(config, parts) if train else None
@@ -117,7 +141,7 @@ def build_loss(config: Any, parts: Parts, *, train: bool) -> Callable[..., Any]:
             learned_variance=parts.learned_variance,
             **parts.precondition._asdict(),
         )
-        return objective(keys, denoise, parts.process, x0)
+        return objective(keys, denoise, parts.process, x0, times=_placed(times, batch))
 
     return loss_fn
 
@@ -217,7 +241,8 @@ def _build_classification(config: Any, parts: Parts, *, train: bool) -> Callable
             scaling=parts.precondition.scaling,
             label=parts.precondition.label,
         )
-        found, seen = classification(keys, classify, parts.process, x0, batch["label"], times=times)
+        at = _placed(times, batch)
+        found, seen = classification(keys, classify, parts.process, x0, batch["label"], times=at)
         return found, seen | {"log_snr": _finite_log_snr(parts, seen["t"])}
 
     return loss_fn
@@ -291,12 +316,6 @@ def build_accumulate(config: Any, slices: int = 1) -> int:
             f"config.training.accumulate = {n} leaves micro-batches of {size // n} images, and "
             f"they must split over {slices} devices: take fewer, or a batch_size that is a "
             f"multiple of {n * slices}."
-        )
-    if n > 1 and dict(config.loss.times).get("stratified", False):
-        raise BuildError(
-            "config.loss.times.stratified spreads times over a whole batch, and "
-            "config.training.accumulate shows the loss a part at a time. Set one of them back: "
-            "stratified = False, or accumulate = 1."
         )
     return n
 

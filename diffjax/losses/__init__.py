@@ -20,6 +20,7 @@ from diffjax.losses.times import (
     Times,
     TimeSampler,
     UniformTimes,
+    strata,
 )
 from diffjax.losses.weights import Likelihood, MinSNR, Sigmoid, Weight
 
@@ -44,5 +45,6 @@ __all__ = [
     "half_sum",
     "hybrid",
     "mean",
+    "strata",
     "total",
 ]

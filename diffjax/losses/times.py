@@ -19,7 +19,7 @@ Each of (1) to (4) draws sample i's time from sample i's key. (5) is the one exc
 invariance in this room: B evenly spaced times, whose mean has less variance, cannot be chosen
 without knowing i and B. A single time is still distributed as the inner sampler's, so per-sample
 losses stay unbiased. Under a mesh i and B are those of the whole batch; inside `shard_map` they are
-the shard's.
+the shard's. Where a batch comes in parts, `strata` of the whole says each sample's u_i beforehand.
 
 The first form of (4) is the grid of `processes.Tabulated`: level k stands at t = (k + 1)/N. The
 second takes in both ends of [0, 1]: the geometric levels of NCSN on `processes.VE`.
@@ -171,13 +171,22 @@ class DiscreteTimes(_ByQuantile):
 
 @pytree
 class StratifiedTimes:
-    """Eq. (5): evenly spread over the batch; couples a sample's time to its place in the batch."""
+    """Eq. (5): evenly spread over the batch; couples a sample's time to its place in the batch.
+
+    u: (B,), the u_i of samples that are a part of a batch; None where they are all of it.
+    """
 
     times: TimeDistribution = UniformTimes()
+    u: Array | None = None
 
     def __call__(self, keys: Key, process: Process) -> Times:
-        """keys: (B,); the batch's one u comes from the first."""
-        return self.times.quantile(process, spread(_uniforms(keys[:1]), keys.shape[0]))
+        """keys: (B,), of which no draw is made where u is given."""
+        return self.times.quantile(process, strata(keys) if self.u is None else self.u)
+
+
+def strata(keys: Key) -> Array:
+    """The u_i of eq. (5) of a whole batch, (B,), in [0, 1). keys: (B,); u comes from the first."""
+    return spread(_uniforms(keys[:1]), keys.shape[0])
 
 
 def spread(u: Array, n: int) -> Array:

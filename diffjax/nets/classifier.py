@@ -86,7 +86,8 @@ class WideResnetBlock(nn.Module):
         h = _norm_relu(h, "bn_2", self.dtype)
         h = _conv(self.features, "conv2", self.dtype)(h)
         if self.stride > 1:
-            x = nn.avg_pool(x, (self.stride, self.stride), (self.stride, self.stride))
+            window = (self.stride, self.stride)
+            x = nn.avg_pool(x.astype(wide(self.dtype)), window, window).astype(self.dtype)
         return h + jnp.pad(x, [(0, 0)] * 3 + [(0, self.features - x.shape[-1])])
 
 

@@ -281,7 +281,8 @@ class CRPBlock(nn.Module):
         x = h = style.act(x)
         for _ in range(2):
             h = _norm_if_conditional(h, level, style)
-            h = pool(h, (5, 5), strides=(1, 1), padding="SAME")
+            precise = h.astype(wide(style.dtype))
+            h = pool(precise, (5, 5), strides=(1, 1), padding="SAME").astype(style.dtype)
             h = conv(h, x.shape[-1], style.dtype, bias=False)
             x = x + h
         return x

@@ -5,7 +5,8 @@ often:
 
     stop        the first bad update ends the run; its last checkpoint stays.
     skip        a bad update leaves all but the step as it was, decided on the device: the next one
-                has the next batch and the next key. More than L in a row end the run.
+                has the next batch and the next key. More than L in a row end the run, also where it
+                was killed among them and went on.
     rollback    the run goes back to its newest checkpoint and on from there with the batches after
                 the bad one. More than L times to the same checkpoint end the run.
 
@@ -28,6 +29,7 @@ takes the same batches.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -166,12 +168,12 @@ class Course:
 
     def tolerance(self, start: int) -> Tolerance:
         """For `train.loop.fit` from step `start`."""
-        skip = self._policy.name == "skip"
-        return Tolerance(
-            in_a_row=self._policy.limit if skip else 0,
-            so_far=sum(step <= start for step in dumped(self._directory.parent)) if skip else 0,
-            note=self._dump,
-        )
+        if self._policy.name != "skip":
+            return Tolerance(note=self._dump)
+        # What was bad is on record before the checkpoint behind it is saved.
+        bad = {step for step in dumped(self._directory.parent) if step <= start}
+        row = next(n for n in itertools.count() if start - n not in bad)
+        return Tolerance(self._policy.limit, so_far=len(bad), row=row, note=self._dump)
 
     def _read(self, position: Any) -> Shifts:
         path = self._directory / "shifts.json"

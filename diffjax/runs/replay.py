@@ -8,10 +8,10 @@ is changed; what is found goes to `workdir/replay/<step>.json`.
 Symbols: an update is the N-th, counted from 1, of a dispatch of n. Its figures are those of the
 run's own program. What that program does not tell, the loss of each image and the gradient of each
 leaf, comes from another one, which rounds otherwise; and with n > 1 the state in the middle of a
-dispatch is made by updates one at a time. There the figures agree to rounding.
+dispatch is made by updates one at a time. There the figures agree to rounding. Both programs take
+config.training.accumulate micro-batches one after another, and the memory of one.
 """
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax import builders
 from diffjax.core.files import write_atomic
 from diffjax.runs import divergence, hosts
 from diffjax.runs.workdir import RunError, read_config
@@ -91,8 +92,11 @@ def replay(workdir: str | Path, step: int) -> Replayed:
         # One update at a time: the run's program has them together.
         before, _ = job.step_fn(before, _batch(job, batches, n, 1))
     batch = jax.tree.map(lambda leaf: leaf[0], _batch(job, batches, step - 1, 1))
-    look = jax.jit(functools.partial(examine.examine, loss_fn=job.loss_fn))
-    seen = jax.device_get(look(before, batch))
+    parts: dict[str, Any] = {
+        "accumulate": builders.build_accumulate(config),
+        "prepare": builders.build_prepare(config),
+    }
+    seen = jax.device_get(examine.examine(before, batch, job.loss_fn, **parts))
     bad = examine.first_bad(seen)
     number = divergence.batch_number(shifts, step - 1)
     figures = {name: np.asarray(metrics[name]) for name in SHOWN}
@@ -108,7 +112,7 @@ def replay(workdir: str | Path, step: int) -> Replayed:
         images=_images(seen, job.batches, number),
         gradients=examine.by_name(seen.gradients),
         first_bad=bad,
-        origin=None if bad is None else examine.origin(before, batch, job.loss_fn),
+        origin=None if bad is None else examine.origin(before, batch, job.loss_fn, **parts),
     )
     _write(workdir, found)
     return found

@@ -32,8 +32,8 @@ def chip_of(kind: str) -> Chip | None:
 def machine(config: Any, parts: builders.Parts, devices: Mesh) -> Any:
     """The `telemetry.Machine` of a mesh.
 
-    The FLOPs are those of the gradient, counted from its jaxpr, and only where the chip is known;
-    its peak is that in bfloat16. What is computed twice, by remat, counts twice.
+    The FLOPs are those that the gradient needs, counted from its jaxpr, and only where the chip is
+    known; its peak is that in bfloat16. What remat computes again does not count.
     """
     from diffjax.train.telemetry import Machine
 
@@ -43,5 +43,7 @@ def machine(config: Any, parts: builders.Parts, devices: Mesh) -> Any:
         return Machine(devices.size)
     from diffjax.runs import counting, dryrun
 
+    if getattr(parts.net, "remat", False):
+        parts = parts._replace(net=parts.net.clone(remat=False))
     gradient = dryrun.gradient(config, parts, config.training.batch_size)
     return Machine(devices.size, counting.work(gradient).flops, chip.bfloat16)

@@ -6,7 +6,8 @@ m, m + n, m + 2 n, ...; l_i is the loss of sample i, s the scale of the loss (`s
     g = (1/n) sum_m  grad mean_{i in m} s l_i  /  s                                           (1)
 
 The sum is in float32 at least. Sample i keeps its key fold_in(key, i), so (1) is the gradient of
-the whole batch up to rounding, while the activations of one micro-batch only are in memory.
+the whole batch up to rounding, while the activations of one micro-batch only are in memory. What
+a sample must know of the others is drawn beforehand and cut like the rest: `Prepare`.
 Strided, a device's share of the batch gives a share of each micro-batch: no sample moves.
 """
 
@@ -22,7 +23,14 @@ from diffjax.core.random import sample_keys
 from diffjax.core.types import Array, Key, PyTree
 
 LossFn = Callable[[PyTree, Key, PyTree], tuple[Array, Mapping[str, Array]]]
+Prepare = Callable[[Key, PyTree], PyTree]  # a whole batch and its key -> the batch, with more in it
 Means = dict[str, Any]  # by name, arrays or trees of them
+
+
+def as_it_is(key: Key, batch: PyTree) -> PyTree:
+    """Prepares nothing."""
+    del key
+    return batch
 
 
 def means(losses: Array, watched: Mapping[str, Array]) -> Means:
@@ -40,6 +48,7 @@ def loss_and_gradient(
     accumulate: int = 1,
     unroll: bool = False,
     scale: Array | None = None,
+    prepare: Prepare = as_it_is,
     summarise: Callable[[Array, Mapping[str, Array]], Means] = means,
 ) -> tuple[Array, Means, PyTree]:
     """The mean loss (), what `summarise` makes of what loss_fn watches, and the gradient, eq. (1).
@@ -48,8 +57,9 @@ def loss_and_gradient(
     the key as it is, or with accumulate = n > 1 an array of keys, one a sample of the micro-batch:
     what it draws must depend on a sample's own key only. batch: a tree of arrays (B, ...).
     unroll: copies the program n times instead of a loop, for XLA on CPU. scale: s, a power of two;
-    None for 1. summarise: (losses, watched) -> sums or means over the images, which are averaged
-    over the micro-batches; by default the mean of each value.
+    None for 1. prepare: (key, batch) -> the batch that loss_fn is given, whole or in parts.
+    summarise: (losses, watched) -> sums or means over the images, which are averaged over the
+    micro-batches; by default the mean of each value.
     Raises ValueError for losses that are not (B,) and where n does not divide B.
     """
 
@@ -64,6 +74,7 @@ def loss_and_gradient(
         return (loss if scale is None else loss * scale.astype(loss.dtype)), (loss, seen)
 
     gradient = jax.grad(objective, has_aux=True)
+    batch = prepare(key, batch)
     if accumulate == 1:
         grads, (loss, seen) = gradient(params, key, batch)
     else:
@@ -71,6 +82,22 @@ def loss_and_gradient(
     if scale is not None:
         grads = jax.tree.map(lambda g: (at_least_float32(g) / scale).astype(g.dtype), grads)
     return loss, seen, grads
+
+
+def cut(key: Key, batch: PyTree, n: int) -> tuple[Key, PyTree]:
+    """The micro-batches: keys (n, B / n) and arrays (n, B / n, ...).
+
+    key: one of the batch. batch: (B, ...), prepared. Raises ValueError where n does not divide B.
+    """
+    checks.at_least("accumulate", n, 1)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % n:
+        raise ValueError(f"accumulate={n} must divide the batch of {size} images.")
+
+    def strided(leaf):
+        return leaf.reshape(size // n, n, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(strided, (sample_keys(key, size), batch))
 
 
 def _in_turn(
@@ -82,15 +109,7 @@ def _in_turn(
     unroll: bool,
 ) -> tuple[PyTree, PyTree]:
     """The means over the micro-batches of what `gradient` returns."""
-    checks.at_least("accumulate", n, 1)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % n:
-        raise ValueError(f"accumulate={n} must divide the batch of {size} images.")
-
-    def cut(leaf):  # (B, ...) -> (n, B / n, ...)
-        return leaf.reshape(size // n, n, *leaf.shape[1:]).swapaxes(0, 1)
-
-    parts = (cut(sample_keys(key, size)), jax.tree.map(cut, batch))
+    parts = cut(key, batch, n)
     shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda leaf: leaf[0], parts))
     zero = jax.tree.map(lambda s: at_least_float32(jnp.zeros(s.shape, s.dtype)), shapes)
 

@@ -64,11 +64,13 @@ class Tolerance(NamedTuple):
 
     in_a_row: as many one after another are passed over, and one more ends training. Above 0 the
     step must skip them, `compile_step(skip_bad=True)`. so_far: passed over before this call; the
-    figure "skipped" counts from there. note: told of each, in order, before anything else.
+    figure "skipped" counts from there. row: of these, the last ones without a good update between
+    or after. note: told of each, in order, before anything else.
     """
 
     in_a_row: int = 0
     so_far: int = 0
+    row: int = 0
     note: Callable[[BadUpdate], None] = lambda bad: None
 
 
@@ -180,7 +182,7 @@ class _Journal:
         self._clock: tuple[int, float] | None = None  # a step, and when it was done
         self._waited = 0.0  # seconds since then
         self._skipped = tolerance.so_far
-        self._row = 0  # bad updates since the last good one
+        self._row = tolerance.row  # bad updates since the last good one
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

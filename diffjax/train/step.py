@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffjax.core.types import Array, PyTree
-from diffjax.train.accumulate import LossFn, loss_and_gradient
+from diffjax.train.accumulate import LossFn, Prepare, as_it_is, loss_and_gradient
 from diffjax.train.ema import EMARule, averages
 from diffjax.train.mesh import batch_sharding, replicated
 from diffjax.train.offload import is_on_host, through_device
@@ -40,6 +40,7 @@ def train_step(
     schedule: Schedule | None = None,
     accumulate: int = 1,
     unroll: bool = False,
+    prepare: Prepare = as_it_is,
     probes: Probes = Probes(),
     skip_bad: bool = False,
 ) -> tuple[TrainState, Metrics]:
@@ -48,9 +49,9 @@ def train_step(
     batch: a tree of arrays (B, ...). loss_fn: (params, key, batch) -> per-image losses (B,) and a
     dict of further values, whose means are reported under their names. The key is
     `fold_in(state.key, state.step)`. ema: the rules of the state's averages, by name. schedule: the
-    optimizer's rate, only reported, as "lr". accumulate, unroll: see `accumulate`. probes: what
-    else is reported. skip_bad: where the loss or the gradient's norm is not finite, all but the
-    step stays as it was.
+    optimizer's rate, only reported, as "lr". accumulate, unroll, prepare: see `accumulate`.
+    probes: what else is reported. skip_bad: where the loss or the gradient's norm is not finite,
+    all but the step stays as it was.
     metrics: "loss", "grad_norm" (before clipping), "bad" (1 where either is not finite, else 0),
     "lr", the probes' and loss_fn's own; of an optimizer with `scaling` also "loss_scale", the
     update's, and "grad_norm" is 0 where it is skipped.
@@ -66,6 +67,7 @@ def train_step(
         accumulate=accumulate,
         unroll=unroll,
         scale=scale,
+        prepare=prepare,
         summarise=probes.of_images,
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -139,6 +141,7 @@ def compile_step(
     ema: Mapping[str, EMARule],
     schedule: Schedule | None = None,
     accumulate: int = 1,
+    prepare: Prepare = as_it_is,
     probes: Probes = Probes(),
     skip_bad: bool = False,
     state_sharding: TrainState | None = None,
@@ -161,6 +164,7 @@ def compile_step(
         ema=ema,
         schedule=schedule,
         accumulate=accumulate,
+        prepare=prepare,
         probes=probes,
         skip_bad=skip_bad,
         unroll=mesh.devices.flat[0].platform == "cpu",  # for the same reason as in `multi_step`

@@ -1,5 +1,7 @@
 """Several averages in one run: kept, chosen, and combined to one of another width."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import diffjax as dj
 from diffjax import builders
 from diffjax.cli.main import main
 from diffjax.runs.ema import reconstruct
+from diffjax.runs.weights import write
 from diffjax.runs.workdir import RunError, claim, load_config, plain, read_config
 from diffjax.train import ema as rules
 from diffjax.train import state
@@ -92,6 +95,20 @@ def test_stored_averages_are_chosen_by_name(run):
         dj.load(workdir, ema="wide")
 
 
+def test_any_average_is_measured(run, config, tmp_path, digits_dir):
+    workdir, averages = run
+    write(config, tmp_path, averages["narrow"], STEPS[-1])  # the other one, as the only one
+    [alone] = dj.evaluate(tmp_path, ["loss"]).values()
+    arguments = ["diffjax", "evaluate", f"--workdir={workdir}", "--metrics=loss"]
+    found = {}
+    for name, flags in (("narrow", ["--ema=narrow"]), ("main", [])):
+        assert main([*arguments, *flags]) == 0
+        found[name] = json.loads((workdir / "eval" / "loss.json").read_text())
+        assert found[name]["ema"] == name
+    assert found["narrow"]["mean"] == alone["mean"] != found["main"]["mean"]
+    assert main([*arguments, "--ema=wide"]) == 2
+
+
 def test_another_width_is_written_as_a_workdir(run, capsys):
     workdir, averages = run
     assert main(["diffjax", "ema", f"--workdir={workdir}", "--std=0.07"]) == 0
@@ -135,7 +152,6 @@ def test_a_run_tracks_what_its_config_says(
 ):
     config = ConfigDict(config.to_dict())
     config.training.batch_size = 16
-    config.loss.times.stratified = False
     config.ema.offload = False
     config.update_from_flattened_dict(changes)
     assert dj.train(config, tmp_path, show_progress=False) == (10, True)

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 import diffjax as dj
+from diffjax import builders
 from diffjax.cli import main
+from diffjax.data import TrainBatches, array_source
 from diffjax.runs import divergence
 from diffjax.runs.divergence import Course, Policy, Shifted, batch_number, past
 from diffjax.runs.replay import replay
 from diffjax.runs.train import prepare
 from diffjax.runs.workdir import RunError
-from diffjax.train import preempt, telemetry
+from diffjax.train import ema, mesh, preempt, step, telemetry
 from diffjax.train.checkpoint import Checkpointer
-from diffjax.train.loop import BadUpdate, Diverged
+from diffjax.train.examine import examine
+from diffjax.train.loop import BadUpdate, Diverged, fit
 from diffjax.train.telemetry import read_jsonl
 from tests.runs import planted
 from tests.train import toy
@@ -116,6 +119,62 @@ def test_a_replayed_loss_is_the_logged_one_bit_for_bit(stopped, step):
     assert all(p.read_bytes() == b for p, b in before.items() if "replay" not in p.parts)
 
 
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory):
+    """The config and workdir of such a run in four micro-batches, with stratified times."""
+    workdir = tmp_path_factory.mktemp("parted")
+    config = planted.config("stop", accumulate=4)
+    config.loss.times.stratified = True
+    with pytest.raises(Diverged, match="loss is nan at step 7"):
+        dj.train(config, workdir, show_progress=False)
+    return config, workdir
+
+
+def test_micro_batches_have_the_times_of_the_whole_batch(parted, tmp_path):
+    config, workdir = parted
+    config = config.copy_and_resolve_references().unlock()
+    config.training.update({"accumulate": 1, "n_iters": 1})
+    dj.train(config, tmp_path, show_progress=False)
+    whole, parts = (read_jsonl(path / "metrics.jsonl")[0] for path in (tmp_path, workdir))
+    for name in ("loss", "grad_norm", "t"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
+
+
+def test_micro_batches_are_looked_at_one_by_one(parted, monkeypatch):
+    config, workdir = parted
+    build, seen = builders.build_loss, []
+
+    def watched(*arguments, **options):
+        loss_fn = build(*arguments, **options)
+
+        def spy(params, key, batch):
+            seen.append(len(batch["image"]))
+            return loss_fn(params, key, batch)
+
+        return spy
+
+    monkeypatch.setattr(builders, "build_loss", watched)
+    found = replay(workdir, 7)
+    assert set(seen) == {planted.BATCH // 4} and found.equal
+    assert found.first_bad == f"loss of image {planted.BAD_ROW}"
+    assert [(i["row"], i["index"], i["label"]) for i in found.bad_images()] == [
+        (planted.BAD_ROW, planted.BAD_IMAGE, planted.MARK)
+    ]
+    assert "sqrt" in found.origin and "planted.py" in found.origin
+    good = replay(workdir, 5)
+    losses = [image["loss"] for image in good.images]
+    np.testing.assert_allclose(np.mean(losses), good.figures["loss"], rtol=1e-5)
+    norm = np.linalg.norm(list(good.gradients.values()))
+    np.testing.assert_allclose(norm, good.figures["grad_norm"], rtol=1e-5)
+    # Each image's own time, as the whole batch at once has it.
+    job = prepare(config, workdir)
+    with Checkpointer(workdir, writable=False) as checkpointer:
+        state = checkpointer.restore(job.like, 4)[0]
+    whole = examine(state, job.batches[4], build(config, job.parts, train=True))
+    np.testing.assert_allclose([i["t"] for i in good.images], whole.aux["t"], rtol=1e-6)
+    np.testing.assert_allclose(losses, whole.losses, rtol=1e-4)
+
+
 def test_another_figure_is_told_apart(stopped, tmp_path, capsys):
     copy = shutil.copytree(stopped, tmp_path / "copy")
     rows = read_jsonl(copy / "metrics.jsonl")
@@ -169,6 +228,45 @@ def test_a_skipped_update_is_repeated_within_its_dispatch(skipped):
     assert [i["index"] for i in found.bad_images()] == [planted.BAD_IMAGE]
 
 
+def test_a_row_of_bad_updates_goes_on_where_it_was_cut(tmp_path):
+    """Of five in a row three are borne; a run killed after two of them bears one more."""
+
+    def batches(start):
+        for n in range(start, 12):
+            x = toy.batch(n)
+            x[0, 0] = np.nan if n in (1, 4, 5, 6, 7, 8) else 0.0
+            yield x
+
+    one = mesh.make_mesh(jax.devices()[:1])
+    step_fn = step.compile_step(
+        one,
+        loss_fn=toy.loss_fn,
+        optimizer=toy.OPTIMIZER,
+        ema={"main": ema.ConstantEMA(0.9)},
+        skip_bad=True,
+    )
+
+    def until(workdir, n_steps, state):
+        course = Course(Policy("skip", 3), workdir, toy_data())
+        start = int(state.step)
+        course.begin(start, state.key)
+        feed = mesh.dispatch_batches(one, batches(start), 1)
+        tolerance = course.tolerance(start)
+        return fit(state, feed, step_fn=step_fn, n_steps=n_steps, tolerance=tolerance).state
+
+    with pytest.raises(Diverged) as whole:
+        until(tmp_path / "whole", 12, toy.new_state(one))
+    assert whole.value.step == 8
+    for cut in (5, 6, 7):  # in the middle of the row, begun by update 5
+        workdir = tmp_path / str(cut)
+        state = until(workdir, cut, toy.new_state(one))
+        (workdir / "diverged" / "8.json").write_text("{}")  # of a run that was further, and killed
+        assert Course(Policy("skip"), workdir, toy_data()).tolerance(cut).so_far == cut - 3
+        with pytest.raises(Diverged) as parts:
+            until(workdir, 12, state)
+        assert str(parts.value) == str(whole.value)
+
+
 @pytest.mark.slow
 def test_stopped_behind_a_skipped_update_it_is_the_same_run(skipped, tmp_path, monkeypatch):
     config = planted.config("skip", 2)
@@ -192,8 +290,8 @@ def test_rollback_leaves_the_bad_batch_out(rolled):
 
 def test_a_run_killed_after_a_rollback_takes_the_same_batches(rolled, tmp_path):
     copy = shutil.copytree(rolled, tmp_path / "copy")
-    for step in (8, 10, 12):
-        shutil.rmtree(copy / "checkpoints" / str(step))
+    for later in (8, 10, 12):
+        shutil.rmtree(copy / "checkpoints" / str(later))
     (copy / "diverged" / "7.json").unlink()
     assert run(copy, "rollback") == (12, True)
     assert divergence.dumped(copy) == []  # nothing was bad this time
@@ -221,6 +319,13 @@ def test_shifts_add_up():
     assert divergence.leads_to(three, 10, two) and not divergence.leads_to(three, 10, one)
     assert divergence.leads_to(three, 5, ())
     assert Shifted(list(range(100)), two)[7] == batch_number(two, 7)
+
+
+def toy_data():
+    """What a course asks of the data of `tests.train.toy`."""
+    return TrainBatches(
+        array_source(np.zeros((toy.BATCH, 1, 1, 1), np.uint8)), batch_size=toy.BATCH, seed=0
+    )
 
 
 class Numbers(list):

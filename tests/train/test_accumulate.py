@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from scipy import stats
 
 from diffjax import builders
+from diffjax.core.random import sample_keys
+from diffjax.losses import strata
 from diffjax.runs.workdir import load_config
 from diffjax.train import ema, mesh, step
 from diffjax.train.accumulate import loss_and_gradient
@@ -55,29 +59,39 @@ def test_the_sum_is_in_float32():
     assert grads.dtype == jnp.bfloat16 and grads == 1
 
 
+def prepare(key, x):
+    """What only the whole batch can say: each image's place among the strata."""
+    return {"image": x, "u": strata(sample_keys(key, len(x)))}
+
+
+def placed(params, key, batch):
+    losses, aux = toy.loss_fn(params, key, batch["image"])
+    return losses * batch["u"], aux | {"u": batch["u"]}
+
+
 def compiled(on, n):
-    fn = step.compile_step(
+    return step.compile_step(
         on,
-        loss_fn=toy.loss_fn,
+        loss_fn=placed,
         optimizer=toy.OPTIMIZER,
         ema={"main": ema.ConstantEMA(0.9)},
         accumulate=n,
+        prepare=prepare,
     )
-    return fn, fn.lower(toy.new_state(on), next(toy.feed(on))).compile()
 
 
 def test_steps_on_a_mesh_equal_and_move_no_images():
     eight = mesh.make_mesh()
     one, many = toy.new_state(eight), toy.new_state(eight)
     feed = toy.feed(eight)
-    fn, program = compiled(eight, 2)
+    whole, parts = compiled(eight, 1), compiled(eight, 2)
+    text = parts.lower(many, next(feed)).compile().as_text()
     for _ in range(3):
         batch = next(feed)
-        one, a = toy.compiled(eight)(one, batch)
-        many, b = fn(many, batch)
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
-        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-5)
-    text = program.as_text()
+        one, a = whole(one, batch)
+        many, b = parts(many, batch)
+        for name in ("loss", "grad_norm", "u"):
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-5)
     for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {kind}" not in text
 
@@ -112,10 +126,10 @@ def test_memory_is_that_of_a_part(key):
 
 @pytest.fixture(scope="module")
 def digits():
-    """A quick config with dropout, its parts and a batch."""
+    """A quick config with dropout and stratified times, its parts and a batch."""
     config = load_config("digits:quick").unlock()
     config.model.dropout = 0.5
-    config.loss.times.stratified = False
+    assert config.loss.times.stratified
     parts = builders.build_parts(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
@@ -124,17 +138,58 @@ def digits():
     return config, parts, params, {"image": jnp.asarray(images)}
 
 
-def test_a_networks_dropout_goes_by_the_image(digits, key):
+def test_every_draw_goes_by_the_image(digits, key):
     # Forward only: losses and what they watch show every draw.
     config, parts, params, batch = digits
     loss_fn = jax.jit(builders.build_loss(config, parts, train=True))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
-    whole, _ = loss_fn(params, key, batch)
+    whole, seen = loss_fn(params, key, batch)
+    prepared = builders.build_prepare(config)(key, batch)
     for m in range(2):
-        part = {"image": batch["image"][m::2]}
-        np.testing.assert_allclose(loss_fn(params, keys[m::2], part)[0], whole[m::2], rtol=1e-4)
-    # There is dropout: beside time and noise the network draws in each block.
-    assert str(jax.make_jaxpr(loss_fn)(params, key, batch)).count("random_bits") > 4
+        part = jax.tree.map(lambda leaf, m=m: leaf[m::2], prepared)
+        found, watched = loss_fn(params, keys[m::2], part)
+        np.testing.assert_allclose(watched["t"], seen["t"][m::2], rtol=1e-6)
+        np.testing.assert_allclose(found, whole[m::2], rtol=1e-4)
+    # The times are spread over the whole batch: of four, one lies in each quarter.
+    level, times = -np.asarray(seen["log_snr"], float) / 2, config.loss.times
+    u = np.sort(stats.norm.cdf((level - times.mean) / times.std))
+    np.testing.assert_allclose(np.diff(u), 1 / 4, atol=1e-4)
+    # There is dropout: the same times and noise without it give something else.
+    without, _ = jax.jit(builders.build_loss(config, parts, train=False))(params, key, batch)
+    assert (np.abs(without / whole - 1) > 1e-3).all()
+
+
+class Brightness(nn.Module):
+    """A classifier that looks at the mean only."""
+
+    @nn.compact
+    def __call__(self, x, label, train=False):
+        del label, train
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def test_a_classifiers_times_go_by_the_image_too(key):
+    config = load_config("digits_classifier:quick").unlock()
+    assert config.loss.times.stratified
+    config.model = {"name": "tests.train.test_accumulate:Brightness"}
+    parts = builders.build_parts(config)
+    params = parts.init_params(jax.random.key(0))
+    loss_fn = builders.build_loss(config, parts, train=True)
+    batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.arange(4)}
+    _, whole, _ = loss_and_gradient(loss_fn, params, key, batch, summarise=lambda _, aux: aux)
+    t = np.sort(whole["t"])
+    np.testing.assert_allclose(np.diff(t), (t[3] - t[0]) / 3, rtol=1e-3)
+    _, found, _ = loss_and_gradient(
+        loss_fn,
+        params,
+        key,
+        batch,
+        accumulate=2,
+        prepare=builders.build_prepare(config),
+        summarise=lambda _, aux: {"t": aux["t"]},
+    )
+    # What is summarised is averaged: of the first and second, and of the third and fourth.
+    np.testing.assert_allclose(found["t"], whole["t"].reshape(2, 2).mean(axis=1), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +197,6 @@ def test_a_networks_dropout_goes_by_the_image(digits, key):
     [
         ({"training.accumulate": 3}, "must divide batch_size = 8; got 3"),
         ({"training.accumulate": 0}, "got 0"),
-        ({"training.accumulate": 2, "loss.times.stratified": True}, "a part at a time"),
     ],
 )
 def test_configs_that_cannot_be_cut_raise(changes, message):
@@ -154,7 +208,7 @@ def test_configs_that_cannot_be_cut_raise(changes, message):
 
 def test_parts_must_split_over_the_devices():
     config = load_config("digits:quick").unlock()
-    config.training.accumulate, config.loss.times.stratified = 2, False
+    config.training.accumulate = 2
     assert builders.build_accumulate(config, 4) == 2
     with pytest.raises(builders.BuildError, match="of 4 images.*8 devices.*multiple of 16"):
         builders.build_accumulate(config, 8)

@@ -13,12 +13,16 @@ from diffjax import builders
 from diffjax.nets.mlp import MLP
 from diffjax.runs.workdir import load_config
 from diffjax.train import ema, optim, state, step
+from diffjax.train.examine import examine
 from diffjax.train.scaling import dynamic_scaling, loss_scale
 from tests.train.test_optim import adam_numpy
 
 # What loses digits in half precision, or overflows there.
 DELICATE = {"exp", "exp2", "log", "log1p", "expm1", "rsqrt", "sqrt", "div", "erf_inv", "logistic"}
-DELICATE |= {"reduce_sum", "reduce_max", "cumsum", "sin", "cos", "pow"}
+DELICATE |= {"sin", "cos", "pow", "reduce_sum", "reduce_max", "reduce_prod", "reduce", "cumsum"}
+DELICATE |= {"cumprod", "cumlogsumexp", "reduce_window", "reduce_window_sum", "scatter-add"}
+DELICATE |= {"scatter_add", "select_and_scatter_add"}
+ACTIVATIONS = {"logistic", "expm1"}  # of swish and elu, which some networks take of half precision
 
 
 def equations(jaxpr):
@@ -50,6 +54,65 @@ def test_delicate_primitives_are_seen():
     found = in_half(jax.jit(lambda x: jnp.exp(x) + jax.lax.rsqrt(x)), jnp.ones((), jnp.bfloat16))
     assert {"exp", "rsqrt"} <= found
     assert "exp" not in in_half(jnp.exp, jnp.ones(()))
+
+
+# Each network of the builders, as small as it goes, with all that may compute in half precision.
+TINY = {
+    "ncsnpp": {
+        "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "fir": True,
+        "progressive": "output_skip", "progressive_input": "residual", "num_classes": 3,
+        "dropout": 0.1,
+    },
+    "ddpm": {"nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)},
+    "ncsn": {"nf": 8},
+    "ncsnv2": {"nf": 8},
+    "songunet": {
+        "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,),
+        "fir_kernel": (1, 3, 3, 1), "progressive": "output_skip", "progressive_input": "residual",
+        "num_classes": 3, "augment_dim": 9,
+    },
+    "adm": {
+        "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,),
+        "channels_per_head": 8, "num_classes": 3, "augment_dim": 9,
+    },
+    "dit": {"size": "S/4", "depth": 1, "width": 16, "num_heads": 2, "num_classes": 3},
+    "sit": {"size": "S/4", "depth": 2, "width": 16, "num_heads": 2, "num_classes": 3},
+    "mlp": {"features": 8, "num_blocks": 1, "embed_dim": 4, "num_classes": 3},
+    "wideresnet": {"blocks_per_group": 1, "channel_multiplier": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ncsn", marks=pytest.mark.slow),
+        *(name for name in builders.NETS if name != "ncsn"),
+    ],
+)
+def test_every_network_has_its_sums_norms_and_softmax_in_float32(name, dtype):
+    """Forward and backward, and its result, whatever it computes in."""
+    net = builders.NETS[name](**TINY[name], dtype=dtype)
+    side = 32 if name in ("ncsn", "ncsnv2") else 8
+    x = jnp.zeros((2, 6) if name == "mlp" else (2, side, side, 3))
+    cond = jnp.zeros((2,), jnp.int32) if TINY[name].get("num_classes") else None
+    label = jnp.ones((2,))
+    given = {} if cond is None else {"cond": cond}
+
+    def objective(params, x, key):
+        rngs = {"dropout": key, "label_dropout": key}
+        augment = getattr(net, "augment_dim", 0)
+        options = {"augment": jnp.ones((2, augment))} if augment else {}
+        out = net.apply({"params": params}, x, label, **given, **options, train=True, rngs=rngs)
+        assert out.dtype == jnp.float32
+        return jnp.mean(jnp.square(out))
+
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda k: net.init(k, x, label, **given), key)["params"]
+    used = in_half(jax.grad(objective, (0, 1)), params, x, key)
+    assert used & {"dot_general", "conv_general_dilated"}  # the policy is on
+    assert sorted(used & DELICATE - ACTIVATIONS) == []
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +258,25 @@ def test_the_scale_halves_and_skips_until_it_fits_then_doubles():
     before = [1.0, *weights[:-1]]
     assert [a != b for a, b in zip(weights, before, strict=True)] == good
     assert loss_scale(s.opt_state) == 2.0**13 and s.step == 9
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_looked_at_again_has_its_scale(accumulate):
+    x, found = jnp.full((2,), 4.0), []
+    for initial in (2.0**14, 2.0**13):
+        optimizer = dynamic_scaling(optax.sgd(0.5), initial=initial)
+        found.append(examine(start(optimizer), x, large, accumulate=accumulate))
+    assert not np.isfinite(found[0].gradients) and found[1].gradients == 4.0
+    np.testing.assert_array_equal(found[0].losses, [4.0, 4.0])
+
+
+def test_the_scale_has_a_greatest_value():
+    x, optimizer = jnp.ones((1,)), dynamic_scaling(optax.sgd(0.0), initial=2.0**23, period=1)
+    s, scales = start(optimizer, value=2.0**-30), []
+    for _ in range(3):
+        s, metrics = advance(optimizer, s, x)
+        scales.append(float(metrics["loss_scale"]))
+    assert scales == [2.0**23, 2.0**24, 2.0**24]
 
 
 def test_a_gradient_that_no_scale_mends_is_reported():
