@@ -163,9 +163,7 @@ def log_prob(
     x = at_least_float32(x)
     batch = batch_size(x)
     start = process.t_min if t_min is None else t_min
-    checks.less("t_min", start, "t_max", process.t_max)
-    if hasattr(denoise, "check_times"):
-        denoise.check_times(jnp.asarray([start, process.t_max]))
+    check_log_prob(denoise, process, t_min)
     probes = divergence.probes(random.sample_keys(key, batch), x)
 
     def field(t: Array, state: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
@@ -187,6 +185,14 @@ def log_prob(
     latent, gained = solved.y
     end = prior_log_prob(process, latent) if prior is None else prior(latent)
     return LogProb(end + gained, latent, solved.nfe)
+
+
+def check_log_prob(denoise: DenoiseFn, process: Process, t_min: Number | None = None) -> None:
+    """Raises what `log_prob` would for these: call it before a jitted one."""
+    start = process.t_min if t_min is None else t_min
+    checks.less("t_min", start, "t_max", process.t_max)
+    if hasattr(denoise, "check_times"):
+        denoise.check_times(jnp.asarray([start, process.t_max]))
 
 
 class StandardErrors(NamedTuple):

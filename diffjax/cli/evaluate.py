@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -18,8 +19,9 @@ ABOUT = """diffjax evaluate: measure a trained model.
   diffjax evaluate --workdir=W --metrics=fid --checkpoints=all
   diffjax evaluate stats --help          reference statistics of a data set
 
-Writes <workdir>/eval/<metric>.json. Stopped part-way, the same command goes on. Several processes
-share the samples among them; see `diffjax train --help`. Metrics:
+Writes <workdir>/eval/<metric>.json. Stopped part-way, the same command goes on. All devices of a
+process are used; --mesh=fsdp:4 splits weights that are too large for one. Several processes share
+the samples among them; see `diffjax train --help`. Metrics:
   loss      training loss of held-out images
   bpd       bits/dim of held-out images by the probability flow, beside two baselines
   bound     the variational bound in bits/dim
@@ -62,6 +64,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     define.text("workdir", None, "the run to measure")
     define.words("metrics", ["loss", "bpd"], "what to measure")
     define.integer("step", None, "checkpoint; the newest by default")
+    define.text("ema", "main", "which average of the weights; a name in config.ema.others")
     define.integer("num", None, "images to draw; the config's")
     define.integer("limit", None, "held-out images for bpd and bound; all")
     define.integer("seed", 0, "seed of everything drawn")
@@ -75,6 +78,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     define.integer("probe_repeats", 1, "solves with own probes for each dequantisation")
     define.switch("score_sde_protocol", False, "bpd by the 5 passes of the Score-SDE paper")
     options = [name for name in values if name not in ("workdir", "metrics")]
+    flags.define_mesh(values)
     define.text("checkpoints", None, "all, or best by the held-out loss of training")
     flags.define_processes(values)
     if not flags.parse(values, argv, ABOUT):
@@ -83,7 +87,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise RunError("--workdir is missing: the run to measure.")
     flags.join(values)
     flags.enable_compilation_cache()
-    given = {name: values[name].value for name in options}
+    given: dict[str, Any] = {name: values[name].value for name in options}
+    given["mesh"] = flags.local_mesh(values)
     if values.checkpoints is None:
         from diffjax.runs.evaluate import evaluate
 

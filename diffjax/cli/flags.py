@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -47,6 +48,20 @@ def define_processes(values: absl_flags.FlagValues) -> None:
     define.switch("distributed", False, "several processes, as a TPU pod, Slurm or Open MPI says")
     define.integer("start_timeout", 300, "seconds to wait for all processes")
     define.integer("peer_timeout", 100, "seconds of silence after which a process is lost")
+
+
+def define_mesh(values: absl_flags.FlagValues) -> None:
+    """The flag of a verb that samples or measures a model; after `join`, `local_mesh` reads it."""
+    about = "weights over several devices of a process, as fsdp:4; whole on each by default"
+    Definer(values).text("mesh", None, about)
+
+
+def local_mesh(values: absl_flags.FlagValues) -> Any:
+    """The mesh of this process's devices that --mesh names. Raises RunError."""
+    from diffjax.cli.plan import axes
+    from diffjax.runs import spread
+
+    return spread.local_mesh(**({} if values.mesh is None else axes(values.mesh)))
 
 
 def join(values: absl_flags.FlagValues, *, heed_notices: bool = False) -> None:
@@ -123,9 +138,8 @@ def guarded(verb: str, work: Callable[[], int]) -> int:
     from diffjax.train.storage import FULL_OR_BROKEN, SaveError
 
     def failed(error: Exception, message: str, code: int) -> int:
-        if os.environ.get("DIFFJAX_TRACEBACK"):
-            traceback.print_exc()
-        print(f"diffjax {verb}: {' '.join(message.split())}", file=sys.stderr)
+        trace = traceback.format_exc() if os.environ.get("DIFFJAX_TRACEBACK") else ""
+        _say_last(f"{trace}diffjax {verb}: {' '.join(message.split())}\n")
         return distributed.leave(code, error)
 
     try:
@@ -133,6 +147,8 @@ def guarded(verb: str, work: Callable[[], int]) -> int:
     except SaveError as error:
         return failed(error, str(error), FULL)
     except OSError as error:
+        if distributed.is_loss(error):  # a time that was up, in waiting for it
+            return failed(error, distributed.lost_message(error), LOST)
         if error.errno not in FULL_OR_BROKEN:
             return failed(error, str(error), 2)
         way_out = "free space or mend the disk, and start the same command again"
@@ -144,8 +160,21 @@ def guarded(verb: str, work: Callable[[], int]) -> int:
             return failed(error, distributed.lost_message(error), LOST)
         if not jax.distributed.is_initialized():
             raise
-        traceback.print_exc()  # the others must not wait for this one
+        _say_last(traceback.format_exc())  # the others must not wait for this one
         return distributed.leave(1, error)
+
+
+def _say_last(text: str) -> None:
+    """Writes to stderr, and out all that waits. A stream on the full disk is given up.
+
+    Else what cannot be written would end the process otherwise, and keep the exit code.
+    """
+    for stream, last in ((sys.stdout, ""), (sys.stderr, text)):
+        try:
+            stream.write(last)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def enable_compilation_cache() -> None:

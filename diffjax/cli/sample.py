@@ -19,8 +19,10 @@ ABOUT = """diffjax sample: draw images from a trained model.
 Writes <out>/<name>.npz (`images`, uint8 levels) or <out>/<name>/<i>.png, and a grid <name>.png.
 Image i depends on its seed alone: not on the batch size, nor on how many are drawn.
 More images than --shard_size are written in shards to <out>/<name>/; killed, the same command goes
-on. Several processes share the shards, or of a single one the batches, among them; see `diffjax
-train --help`. Where there are fewer than processes, a smaller --batch_size gives work to all."""
+on. A batch is split over all devices of a process. Several processes share the shards, or of a
+single one the batches, among them; see `diffjax train --help`. Where there are fewer than
+processes, a smaller --batch_size gives work to all. Weights that are too large for one device are
+split by --mesh=fsdp:4 or tensor:2, as in training."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,10 +46,11 @@ def _sample(argv: Sequence[str]) -> int:
     define.text("schedule", None, "a searched schedule's file, in place of the grid")
     define.integer("step", None, "checkpoint; the newest by default")
     define.text("ema", "main", "which average of the weights; a name in config.ema.others")
-    define.integer("batch_size", None, "images at once; the config's")
+    define.integer("batch_size", None, "images at once on all devices; the config's")
     define.text("format", "npz", "npz, png or arrayrecord")
     define.integer("shard_size", 1024, "images a file where there are more; up to a whole batch")
     define.switch("path", False, "also draws the denoising path")
+    flags.define_mesh(values)
     flags.define_processes(values)
     from diffjax import builders
 
@@ -62,7 +65,7 @@ def _sample(argv: Sequence[str]) -> int:
     from diffjax.runs.model import load
     from diffjax.runs.sample import check_path, sample_to, seed_keys, write_path
 
-    model = load(values.workdir, step=values.step, ema=values.ema)
+    model = load(values.workdir, step=values.step, ema=values.ema, mesh=flags.local_mesh(values))
     seeds = numbers("seeds", values.seeds) if values.seeds else list(range(values.num))
     labels = numbers("labels", values.labels) if values.labels else None
     if labels is not None:

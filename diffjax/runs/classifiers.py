@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from diffjax import builders
@@ -17,7 +18,9 @@ from diffjax.core.files import write_atomic
 from diffjax.core.types import Array, Key, Number, PyTree
 from diffjax.guidance import CarriedClassifier, ClassifierGuidance, NoisyClassifier
 from diffjax.processes import perturb
-from diffjax.runs.model import Model, read_weights
+from diffjax.runs import spread
+from diffjax.runs.model import Model
+from diffjax.runs.restore import read_weights
 from diffjax.runs.workdir import RunError, read_config
 
 
@@ -66,8 +69,11 @@ class TrainedClassifier:
         levels = jnp.asarray(images)
         keys = random.sample_keys(key, levels.shape[0])
         x0 = self.parts.quantisation.to_model(levels)
-        hit = _recognised(keys, self.classify, process, x0, jnp.asarray(labels), jnp.asarray(t))
-        return np.asarray(hit)
+
+        def hit(keys: Key, x0: Array, labels: Array) -> Array:
+            return _recognised(keys, self.classify, process, x0, labels, jnp.asarray(t))
+
+        return spread.over_rows(spread.mesh_of(self.params), hit, keys, x0, jnp.asarray(labels))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -86,15 +92,20 @@ def _recognised(
     return jnp.argmax(classify(x_t, t), axis=-1) == labels
 
 
-def load(workdir: str | Path, *, step: int | None = None) -> TrainedClassifier:
+def load(
+    workdir: str | Path, *, step: int | None = None, ema: str = "main", mesh: Mesh | None = None
+) -> TrainedClassifier:
     """The averaged weights of a classifier's run, by default of the newest checkpoint.
+
+    ema: which of the averages, "main" or a name in config.ema.others. mesh: as of
+    `runs.model.load`; that of the model which it is to guide.
 
     Raises RunError where the directory holds no classifier, CheckpointError where no checkpoint
     can be read.
     """
     if not builders.is_classifier(read_config(workdir)):
         raise RunError(f"{workdir} holds a model of images, no classifier: use diffjax.load.")
-    return TrainedClassifier(*read_weights(workdir, step))
+    return TrainedClassifier(*read_weights(workdir, step, ema, mesh))
 
 
 def accuracy(model: TrainedClassifier, *, seed: int, limit: int | None) -> dict[str, Any]:
@@ -138,6 +149,7 @@ def loss(model: TrainedClassifier, *, seed: int, limit: int | None) -> dict[str,
         batch = {"image": images[a : a + size]}
         if held.labels is not None:
             batch["label"] = held.labels[:limit][a : a + size]
+        batch = spread.placed(spread.mesh_of(model.params), batch)
         key = jax.random.fold_in(jax.random.key(seed), a)
         values.append(np.asarray(loss_fn(model.params, key, batch)[0]))
     each = np.concatenate(values)
@@ -153,23 +165,27 @@ def evaluate(
     metrics: Sequence[str],
     *,
     step: int | None = None,
+    ema: str = "main",
     seed: int = 0,
     limit: int | None = None,
+    mesh: Mesh | None = None,
     **unused: Any,
 ) -> dict[str, dict[str, Any]]:
     """Measures a classifier and writes eval/<metric>.json: what `runs.evaluate` does for a model.
 
-    seed: of the noise. limit: held-out images. unused: options of metrics of samples, of which a
-    classifier has none. Raises RunError for a metric that is not a classifier's.
+    seed: of the noise. limit: held-out images. mesh: as of `load`. unused: options of metrics of
+    samples, of which a classifier has none. Raises RunError for a metric that is not a
+    classifier's.
     """
     others = [name for name in metrics if name not in METRICS]
     if others:
         raise RunError(f"A classifier is measured by {', '.join(METRICS)}; got {others}.")
-    model = load(workdir, step=step)
+    model = load(workdir, step=step, ema=ema, mesh=mesh)
     found = {}
     for name in metrics:
         found[name] = METRICS[name](model, seed=seed, limit=limit) | {
             "step": model.step,
+            "ema": ema,
             "seed": seed,
         }
         write_atomic(

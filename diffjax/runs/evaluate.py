@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from diffjax import builders
 from diffjax.core.files import write_atomic
@@ -57,15 +58,19 @@ def evaluate(
     metrics: Sequence[str] = ("loss", "bpd"),
     *,
     step: int | None = None,
+    ema: str = "main",
     samples: str | Path | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> dict[str, Figures]:
     """Measures a checkpoint (the newest by default) and writes eval/<metric>.json for each metric.
 
-    Of several processes each gathers its share of the images for fid, is, kid, pr, frechet and
-    quality; all find the same, and the first writes.
-    samples: an `.npz` with `images`, or a folder of shards, to judge instead of drawing. options:
-    those of `Evaluation`.
+    ema: which of its averages of the weights, "main" or a name in config.ema.others. samples: an
+    `.npz` with `images`, or a folder of shards, to judge instead of drawing. mesh: of the model, as
+    of `load`. options: those of `Evaluation`.
+
+    A process computes on all its devices. Of several processes each gathers its share of the images
+    for fid, is, kid, pr, frechet and quality; all find the same, and the first writes.
     Raises RunError for an unknown metric, samples that do not fit, and for a metric whose network
     is missing.
     """
@@ -74,8 +79,8 @@ def evaluate(
     if unknown or not metrics:
         raise RunError(f"Unknown metrics {unknown}; choose among {', '.join(names)}.")
     if builders.is_classifier(read_config(workdir)):
-        return classifiers.evaluate(workdir, metrics, step=step, **options)
-    model = load(workdir, step=step)
+        return classifiers.evaluate(workdir, metrics, step=step, ema=ema, mesh=mesh, **options)
+    model = load(workdir, step=step, ema=ema, mesh=mesh)
     given = None if samples is None else _read_samples(samples, model)
     folder = Path(workdir) / "eval"
     run = Evaluation(model, samples=given, folder=folder, **options)
@@ -83,7 +88,7 @@ def evaluate(
         raise RunError("The metric accuracy is a classifier's; this run is a model of images.")
     found: dict[str, Figures] = {name: {} for name in metrics}
     for name in sorted(metrics, key=lambda name: name not in _FIRST):
-        figures = METRICS[name](run) | {"step": model.step, "seed": run.seed}
+        figures = METRICS[name](run) | {"step": model.step, "ema": ema, "seed": run.seed}
         if samples is not None and name in OF_SAMPLES:
             figures["judged"] = str(samples)
         if hosts.is_first():

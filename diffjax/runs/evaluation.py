@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffjax import builders
 from diffjax.core import random
@@ -126,23 +127,23 @@ class Evaluation:
         if self.folder is None:
             return None
         folder = self.folder / "partial" / "images"
-        if hosts.count() > 1:
-            folder = folder / f"process_{hosts.index()}_of_{hosts.count()}"
         parts = self.model.parts
         shape, levels = parts.image_shape, parts.quantisation.levels
         kept = Shards(folder, "npz", batches.num, batches.size, shape, levels)
-        try:
-            claim(kept, batches.fingerprint())
-        except RunError:
-            shutil.rmtree(folder)
-            claim(kept, batches.fingerprint())
+        if hosts.is_first():
+            try:
+                claim(kept, batches.fingerprint())
+            except RunError:
+                shutil.rmtree(folder)
+        hosts.all_agree(True)  # returns when the first has made room
+        claim(kept, batches.fingerprint())
         return kept
 
     def sample_batches(self) -> "SampleBatches":
         """The same samples batch by batch, drawn when asked for and not kept."""
         return SampleBatches(self, self._samples)
 
-    def centred(self, images: np.ndarray) -> jax.Array:
+    def centred(self, images: ArrayLike) -> jax.Array:
         """Levels in [-1, 1], whatever the model's own range: what the judge sees."""
         levels = self.model.parts.quantisation.levels
         return jnp.asarray(images, jnp.float32) * (2 / (levels - 1)) - 1

@@ -23,13 +23,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from diffjax.core.types import PyTree
+from diffjax.core.types import Array, PyTree
 from diffjax.metrics import classifier_score, moments
-from diffjax.runs import digests, hosts
+from diffjax.runs import digests, hosts, spread
 from diffjax.runs.extractors import Extractor, write_npz
-from diffjax.train.mesh import batch_sharding, make_mesh, replicated
+from diffjax.train.mesh import replicated
 
 
 class Batches(Protocol):
@@ -54,8 +53,11 @@ class Gathered(NamedTuple):
 
 
 @jax.jit
-def _add(sums: PyTree, call: PyTree, images: jax.Array, mask: jax.Array, split: jax.Array):
-    """The sums with one more batch in them, and its features."""
+def _add(
+    sums: PyTree, call: PyTree, images: Array, mask: Array, split: Array, rows: Array
+) -> tuple[PyTree, Array]:
+    """The sums with the first `rows` of one more batch in them, and its features."""
+    mask = mask & (jnp.arange(mask.shape[0]) < rows)
     outputs = call(images)
     return (
         moments.update(sums[0], outputs.features, mask),
@@ -102,7 +104,7 @@ def gather(
         start, count, digest, sums, kept = saved
     elif folder is not None and folder.exists():
         shutil.rmtree(folder)
-    mesh = make_mesh(jax.local_devices())
+    mesh = spread.local_mesh()
     call = jax.device_put(extractor.call, replicated(mesh))
     unsaved: list[np.ndarray] = []
     mine = hosts.share(len(batches))
@@ -112,11 +114,12 @@ def gather(
         split = classifier_score.contiguous(jnp.asarray(places), total, splits)
         # Laid out alike in every call, so that going on computes what going through does.
         sums = jax.device_put(sums, replicated(mesh))
-        sums, features = _add(sums, call, *(_placed(mesh, x) for x in (images, mask, split)))
+        batch = spread.placed(mesh, spread.filled(mesh, (images, mask, split)))
+        sums, features = _add(sums, call, *batch, jnp.asarray(len(images)))
         digest = (digest + digests.of_images(places[mask], images[mask])) % digests.MODULUS
         count += int(mask.sum())
         if keep:
-            unsaved.append(np.asarray(features)[mask])
+            unsaved.append(np.asarray(features)[: len(mask)][mask])
         if folder is not None and (done % every == 0 or done == len(mine)):
             _save(folder, known, done, count, digest, sums, unsaved)
             kept += unsaved
@@ -136,12 +139,6 @@ def _merged(sums: PyTree, count: int, digest: int, rows: np.ndarray | None) -> G
     num = sum(int(n) for _, n, _ in parts)
     digest = sum(int.from_bytes(d.tobytes()) for _, _, d in parts) % digests.MODULUS
     return Gathered(num, merged[0], merged[1], digest.to_bytes(32).hex(), rows)
-
-
-def _placed(mesh: Mesh, leaf: Any) -> jax.Array:
-    """A batch over the devices of this process, where it splits evenly; else a copy on each."""
-    even = leaf.shape[0] % mesh.size == 0
-    return jax.device_put(leaf, batch_sharding(mesh) if even else replicated(mesh))
 
 
 def _save(

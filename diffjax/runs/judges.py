@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.core.types import Array
 from diffjax.metrics import classifier_score, frechet, kernel, moments, neighbours, quality
+from diffjax.runs import spread
 from diffjax.runs.evaluation import Evaluation, Figures
 from diffjax.runs.extractors import Extractor
 
@@ -105,9 +107,8 @@ def _features(run: Evaluation, extractor: Extractor) -> tuple[np.ndarray, np.nda
 
 def _by_judge(run: Evaluation) -> Figures:
     """The distance of n samples to n held-out images, averaged over draws of both."""
-    judge, splits = run.judge(), 10
-    features = judge.features
-    real, drawn = features(run.centred(run.real("eval")[0])), features(run.centred(run.samples()))
+    splits = 10
+    (real, _), (drawn, _) = (_judged(run, x) for x in (run.real("eval")[0], run.samples()))
     n = min(len(real) // 2, len(drawn))
     dim = real.shape[1]
 
@@ -130,12 +131,22 @@ def _by_judge(run: Evaluation) -> Figures:
     }
 
 
+def _judged(run: Evaluation, images: np.ndarray) -> tuple[Array, Array]:
+    """The judge's features (B, F) and probabilities (B, K), on all devices of this process."""
+    judge = run.judge()
+
+    def look(images: Array) -> tuple[Array, Array]:
+        seen = run.centred(images)
+        return judge.features(seen), judge.probabilities(seen)
+
+    features, probabilities = spread.over_rows(spread.local_mesh(), look, images)
+    return jnp.asarray(features), jnp.asarray(probabilities)
+
+
 def sample_quality(run: Evaluation) -> Figures:
     """What the judge makes of the samples, beside held-out images."""
-    judge = run.judge()
     train, heldout, drawn = jnp.asarray(run.real("train")[0]), run.real("eval")[0], run.samples()
-    real_p = judge.probabilities(run.centred(heldout))
-    drawn_p = judge.probabilities(run.centred(drawn))
+    (_, real_p), (_, drawn_p) = (_judged(run, images) for images in (heldout, drawn))
     shares = np.asarray(quality.class_shares(drawn_p))
     nearest = [float(quality.nearest_distance(jnp.asarray(x), train)) for x in (drawn, heldout)]
     recognised = [float(quality.recognised_share(p)) for p in (drawn_p, real_p)]

@@ -1,6 +1,5 @@
 """The metrics of held-out images: loss, bits/dim by the flow, and the variational bound."""
 
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import builders
-from diffjax.likelihood import BitsPerDim, score_sde_protocol, summarise, variational_bound
+from diffjax.core import random
+from diffjax.core.types import Array, DenoiseFn, Key
+from diffjax.likelihood import BitsPerDim, Bound, score_sde_protocol, summarise, variational_bound
 from diffjax.metrics import quality
-from diffjax.runs import digests
+from diffjax.runs import digests, spread
 from diffjax.runs.evaluation import Evaluation, Figures
 from diffjax.runs.extractors import write_npz
 from diffjax.solvers.adaptive import PIController
@@ -23,7 +24,7 @@ def loss(run: Evaluation) -> Figures:
     """The mean training loss over the held-out images and its standard error."""
     from diffjax.data import EvalBatches
 
-    config = run.model.config
+    config, mesh = run.model.config, run.model.mesh
     loss_fn = jax.jit(builders.build_loss(config, run.model.parts, train=False))
     source = builders.build_source(config, "eval")
     key = jax.random.fold_in(run.key, 3)
@@ -32,6 +33,8 @@ def loss(run: Evaluation) -> Figures:
     for i in range(len(batches)):
         batch = batches[i]
         mask = batch.pop("mask")
+        # Not padded: the times of a loss may be spread over its batch.
+        batch = spread.placed(mesh, batch)
         values.append(
             np.asarray(loss_fn(run.model.params, jax.random.fold_in(key, i), batch)[0])[mask]
         )
@@ -77,7 +80,6 @@ def _solve(run: Evaluation, images: np.ndarray, labels: np.ndarray | None) -> Bi
     }
     if run.score_sde_protocol:
         options = score_sde_protocol()
-    score = jax.jit(functools.partial(run.model.bits_per_dim, **options))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.fold_in(run.key, 4), jnp.arange(len(images))
     )
@@ -92,7 +94,7 @@ def _solve(run: Evaluation, images: np.ndarray, labels: np.ndarray | None) -> Bi
 
         def solve(index: np.ndarray = index, real: np.ndarray = real) -> dict[str, np.ndarray]:
             classes = {} if labels is None else {"labels": labels[index]}
-            result = score(keys[index], images[index], **classes)
+            result = run.model.bits_per_dim(keys[index], images[index], **classes, **options)
             return {"draws": np.asarray(result.draws)[real], "nfe": np.asarray(result.nfe)[real]}
 
         found.append(_kept(None if folder is None else folder / f"{start:08d}.npz", solve))
@@ -117,13 +119,17 @@ def bound(run: Evaluation) -> Figures:
     parts = run.model.parts
 
     @jax.jit
-    def bits(key, images, labels):
-        terms = variational_bound(
-            key, run.model.denoiser(labels), parts.process, images, quantisation=parts.quantisation
+    def terms(denoise: DenoiseFn, keys: Key, images: Array) -> Bound:
+        return variational_bound(
+            keys, denoise, parts.process, images, quantisation=parts.quantisation
         )
-        return terms.bits_per_dim(images.size // images.shape[0]).per_image
 
-    return _mean_and_error(np.asarray(bits(jax.random.fold_in(run.key, 5), images, labels)))
+    def of_rows(keys: Key, images: Array, labels: Array | None) -> Bound:
+        return terms(run.model.denoiser(labels), keys, images)
+
+    keys = random.sample_keys(jax.random.fold_in(run.key, 5), len(images))
+    found = spread.over_rows(run.model.mesh, of_rows, keys, images, labels)
+    return _mean_and_error(np.asarray(found.bits_per_dim(images[0].size).per_image))
 
 
 def _mean_and_error(values: np.ndarray) -> Figures:

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from diffjax import builders
@@ -18,8 +19,10 @@ from diffjax.core.pytree import taken
 from diffjax.core.types import Array, DenoiseFn, Key, PyTree
 from diffjax.guidance import Guide
 from diffjax.inverse import Grey, LinearOperator, Mask, Replace
-from diffjax.likelihood import BitsPerDim, bits_per_dim
+from diffjax.likelihood import BitsPerDim, bits_per_dim, check_log_prob, summarise
 from diffjax.processes import prior
+from diffjax.runs import spread
+from diffjax.runs.restore import read_weights
 from diffjax.runs.workdir import RunError, read_config
 from diffjax.search import Schedule, aligned
 from diffjax.solvers import (
@@ -41,6 +44,7 @@ _draw = jax.jit(sample, static_argnames="save")
 _flow = jax.jit(solve_adaptive, static_argnames="method")
 _restarting = jax.jit(sample_with_restarts)
 _encode = jax.jit(encode)
+_score = jax.jit(bits_per_dim, static_argnames=("repeats", "probe_repeats", "prior"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ class Model:
 
     config: as trained. parts: process, network, conventions. params: the averaged weights. step:
     updates behind them. Sampling compiles once for each batch size, kind of solver and bucket of 64
-    steps (`grids.padded`).
+    steps (`grids.padded`). Where the weights lie says on which devices; see `runs.spread`.
     """
 
     config: Any
@@ -59,7 +63,12 @@ class Model:
 
     def denoiser(self, cond: Array | None = None):
         """(x_t, t) -> Prediction with these weights. cond: labels (B,) for a conditional model."""
-        return self.parts.denoiser(self.params, cond)
+        return spread.denoiser(self.parts, self.params, cond)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices over which batches are split; None where the weights lie on one device."""
+        return spread.mesh_of(self.params)
 
     def sample(
         self,
@@ -84,7 +93,8 @@ class Model:
         labels: (num,) for a conditional model. latents: (num, H, W, C), where to start instead of
         drawing from the prior. temperature: a factor on the start. guide: what leads the images,
         such as `TrainedClassifier.guide`; where it holds something for each image it has `take`.
-        progress: called with the images done.
+        batch_size: images at once, up to a multiple of what the mesh splits; the config's by
+        default. progress: called with the images done.
         """
         plan = builders.build_sampling(
             self.config, self.parts.process, solver=solver, steps=steps, schedule=schedule
@@ -122,14 +132,15 @@ class Model:
         checks.positive("temperature", temperature)
         self._check(plan, labels, guide)
         images = []
-        for start, index in _batches(num, batch_size or self.config.eval.batch_size):
+        size = spread.padded(self.mesh, min(num, batch_size or self.config.eval.batch_size))
+        for start, index in _batches(num, size):
+            own = spread.placed(self.mesh, keys[index])
             cond = None if labels is None else labels[index]
-            latent = self.prior(keys[index]) if given is None else given[index]
-            own = plan._replace(solver=taken(plan.solver, index))
-            latent = temper(latent, temperature)
-            result = self.path(keys[index], own, cond, latent, guide=taken(guide, index))
+            latent = temper(self.prior(own) if given is None else given[index], temperature)
+            solver = plan._replace(solver=taken(plan.solver, index))
+            result = self.path(own, solver, cond, latent, guide=taken(guide, index))
             if plan.adaptive:
-                _check_arrived(result)
+                _check_arrived(np.asarray(result.state.arrived))
             images.append(np.asarray(self.parts.quantisation.from_model(result.x)))
             progress(min(start + len(index), num))
         return np.concatenate(images)[:num]
@@ -149,12 +160,15 @@ class Model:
     ) -> Result:
         """One batch from a latent, or the prior, through the solver, as `solvers.sample` returns.
 
-        Raises RunError for `save` with an adaptive solver or restarts.
+        A batch that the mesh does not split is computed by each device. Raises RunError for `save`
+        with an adaptive solver or restarts.
         """
-        x = self.prior(keys) if latent is None else latent
+        keys, cond = spread.placed(self.mesh, (keys, cond))
+        x = spread.placed(self.mesh, self.prior(keys) if latent is None else latent)
+        guide, solver = (spread.placed_each(self.mesh, a, len(x)) for a in (guide, plan.solver))
         # A number means one program, whether it came as a Python, NumPy or JAX scalar.
         denoise, solver, process = canonical(
-            (self._denoiser(cond, guide, plan), plan.solver, self.parts.process)
+            (self._denoiser(cond, guide, plan), solver, self.parts.process)
         )
         adaptive = isinstance(solver, AdaptiveFlow)
         if save is not None and (adaptive or plan.restarts):
@@ -244,15 +258,18 @@ class Model:
         images: uint8 levels (B, H, W, C). labels: (B,) for a conditional model.
         """
         x = self.parts.quantisation.to_model(jnp.asarray(images))
-        num = size_of(x)
-        cond = self._labels(labels, num)
-        denoise, process, controller = canonical(
-            (self.denoiser(cond), self.parts.process, controller)
+        keys = random.sample_keys(jax.random.key(0), size_of(x))  # the flow draws nothing
+        process, given = canonical((self.parts.process, controller))
+
+        def solve(keys: Key, x: Array, cond: Array | None) -> tuple[Array, Array]:
+            result = _encode(keys, canonical(self.denoiser(cond)), process, x, controller=given)
+            return result.x, result.state.arrived
+
+        latents, arrived = spread.over_rows(
+            self.mesh, solve, keys, x, self._labels(labels, size_of(x))
         )
-        keys = random.sample_keys(jax.random.key(0), num)  # the flow draws nothing
-        result = _encode(keys, denoise, process, x, controller=controller)
-        _check_arrived(result)
-        return np.asarray(result.x)
+        _check_arrived(arrived)
+        return latents
 
     def decode(
         self,
@@ -303,15 +320,22 @@ class Model:
         """Bits/dim of uint8 images (B, H, W, C) over the data's levels; see `likelihood`.
 
         labels: (B,) for a conditional model, whose figure is then that of images given their class.
+        It is compiled here; inside your own `jit` call `diffjax.bits_per_dim`.
         """
-        return bits_per_dim(
-            key,
-            self.denoiser(self._labels(labels, images.shape[0])),
-            self.parts.process,
-            images,
-            quantisation=self.parts.quantisation,
-            **options,
+        keys = random.sample_keys(key, images.shape[0])
+        process, quantisation, options = canonical(
+            (self.parts.process, self.parts.quantisation, options)
         )
+        check_log_prob(self.denoiser(), self.parts.process, options.get("t_min"))
+
+        def solve(keys: Key, images: Array, cond: Array | None) -> tuple[Array, Array]:
+            denoise = canonical(self.denoiser(cond))
+            found = _score(keys, denoise, process, images, quantisation=quantisation, **options)
+            return found.draws, found.nfe
+
+        cond = self._labels(labels, images.shape[0])
+        draws, nfe = spread.over_rows(self.mesh, solve, keys, images, cond)
+        return summarise(jnp.asarray(draws), jnp.asarray(nfe))
 
     def _denoiser(
         self, cond: Array | None, guide: Guide | None, plan: builders.Sampling
@@ -355,56 +379,38 @@ class Model:
         return labels
 
 
-def _check_arrived(result: Result) -> None:
-    """Raises RunError where the controller gave samples up."""
-    lost = int(np.sum(~np.asarray(result.state.arrived)))
+def _check_arrived(arrived: np.ndarray) -> None:
+    """Raises RunError where the controller gave samples up. arrived: (B,)."""
+    lost = int(np.sum(~arrived))
     if lost:
         raise RunError(
-            f"{lost} of {len(result.state.arrived)} samples did not arrive: their steps fell below "
-            "the spacing of floats or they needed more than max_steps. Raise rtol, atol or "
-            "max_steps, or use a solver of a grid."
+            f"{lost} of {len(arrived)} samples did not arrive: their steps fell below the spacing "
+            "of floats or they needed more than max_steps. Raise rtol, atol or max_steps, or use a "
+            "solver of a grid."
         )
 
 
 def _batches(num: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
     """(start, indices) of batches; the tail is filled with repeats, so all have one shape."""
-    size = min(num, size)
     for start in range(0, num, size):
         yield start, np.minimum(np.arange(start, start + size), num - 1)
 
 
-def load(workdir: str | Path, *, step: int | None = None, ema: str = "main") -> Model:
+def load(
+    workdir: str | Path, *, step: int | None = None, ema: str = "main", mesh: Mesh | None = None
+) -> Model:
     """The averaged weights of a run's checkpoint, by default the newest.
 
-    ema: which of the averages, "main" or a name in config.ema.others. Raises RunError where the
-    directory is no workdir or holds a classifier, CheckpointError where no checkpoint can be read.
+    ema: which of the averages, "main" or a name in config.ema.others. mesh: of this process's
+    devices (`runs.spread.local_mesh`); by default all of them, with the whole weights on each. One
+    with "fsdp" or "tensor" splits them as training does, by the rules of the config.
+
+    Raises RunError where the directory is no workdir or holds a classifier, CheckpointError where
+    no checkpoint can be read, BuildError for rules that do not fit the mesh.
     """
     if builders.is_classifier(read_config(workdir)):
         raise RunError(
             f"{workdir} holds a classifier, which draws nothing: load it with "
             "diffjax.load_classifier, and guide a model with it."
         )
-    return Model(*read_weights(workdir, step, ema))
-
-
-class Restored(NamedTuple):
-    """What a workdir holds: `Model`'s fields."""
-
-    config: Any
-    parts: builders.Parts
-    params: PyTree
-    step: int
-
-
-def read_weights(workdir: str | Path, step: int | None = None, ema: str = "main") -> Restored:
-    """The averaged weights of a run's checkpoint with their config. Raises as `load`."""
-    from diffjax.train.checkpoint import Checkpointer
-    from diffjax.train.state import abstract
-
-    config = read_config(workdir)
-    parts = builders.build_parts(config)
-    shapes = jax.eval_shape(parts.init_params, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with Checkpointer(workdir, writable=False) as checkpointer:
-        params, meta = checkpointer.restore_ema(abstract(shapes, device), step, ema)
-    return Restored(config, parts, params, meta.step)
+    return Model(*read_weights(workdir, step, ema, mesh))

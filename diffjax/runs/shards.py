@@ -12,7 +12,8 @@ Symbols: n images in shards of m, a whole number of batches; shard k holds image
 The files of a shard come first and its entry in done/ last. A shard without an entry is drawn again
 as a whole; its images depend on their keys alone, so the files are those of a job that was never
 stopped, bit for bit. Which process draws a shard does not show in it either: the number of
-processes may change on the way. They share the directory.
+processes may change on the way. They share the directory. The number of devices in a process may
+change too; what is drawn after that may round otherwise (`runs.spread`), a level at few pixels.
 
 No more than one shard is held in memory, here or where the images are read again (`Stored`).
 """

@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 from diffjax import builders
 from diffjax.core.random import sample_keys
 from diffjax.core.types import Key
-from diffjax.runs import distributed, divergence, hosts, init_from, pictures, reading, speed
+from diffjax.runs import (
+    distributed,
+    divergence,
+    hosts,
+    init_from,
+    pictures,
+    reading,
+    speed,
+    spread,
+)
 from diffjax.runs.model import Model
 from diffjax.runs.update import build_update
 from diffjax.runs.workdir import plain, versioned
@@ -243,7 +252,6 @@ def _hooks(config: Any, parts: builders.Parts, workdir: Path, writer: Any) -> li
 def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
     """A hook: the averaged weights' loss on one held-out batch, drawn anew at each call."""
     from diffjax.data import TrainBatches
-    from diffjax.train.sharding import on_one_device
 
     source = builders.build_source(config, "eval")
     size = min(config.eval.batch_size, len(source))
@@ -253,8 +261,9 @@ def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
 
     def run(step: int, state: Any) -> None:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        weights = on_one_device(state.ema["main"])
-        value = mean_loss(weights, key, batches[step // config.training.eval_freq])
+        weights = spread.on_local_devices(state.ema["main"])
+        batch = batches[step // config.training.eval_freq]
+        value = mean_loss(weights, key, spread.placed(spread.mesh_of(weights), batch))
         writer.write_scalars(step, {"eval_loss": float(value)})
 
     return run
@@ -262,10 +271,9 @@ def _eval_loss(config: Any, parts: builders.Parts, writer: Any) -> Any:
 
 def _snapshot(config: Any, parts: builders.Parts, workdir: Path, writer: Any) -> Any:
     """A hook: samples of the averaged weights as samples/<step>.png; the same keys each time."""
-    from diffjax.train.sharding import on_one_device
 
     def run(step: int, state: Any) -> None:
-        model = Model(config, parts, on_one_device(state.ema["main"]), step)
+        model = Model(config, parts, spread.on_local_devices(state.ema["main"]), step)
         num = min(64, config.eval.num_samples)
         images = _drawn_together(model, sample_keys(jax.random.key(config.seed), num))
         grid = pictures.grid(pictures.to_bytes(images, parts.quantisation.levels))
