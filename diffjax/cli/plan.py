@@ -1,7 +1,9 @@
 """`diffjax plan`."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -55,23 +57,53 @@ def _plan(argv: Sequence[str]) -> int:
         return 0
     if values.device is None:
         raise RunError(f"--device is missing: one of {', '.join(CHIPS)}.")
+    if values.device.startswith("tpu"):
+        import jax
+
+        # Another process compiles for TPUs; this one shall neither look for some nor take them.
+        jax.config.update("jax_platforms", "cpu")
     flags.enable_compilation_cache()
     from diffjax.runs import plan
 
-    found = plan.plan(
-        values.config,
-        values.device,
-        None if values.mesh is None else axes(values.mesh),
-        what=values.what,
-        batch_size=values.batch_size,
-        compile=values.compile,
-        scales=plan.SCALES if values.scaling else (),
-    )
+    with _progress(hint=values.compile) as say:
+        found = plan.plan(
+            values.config,
+            values.device,
+            None if values.mesh is None else axes(values.mesh),
+            what=values.what,
+            batch_size=values.batch_size,
+            compile=values.compile,
+            scales=plan.SCALES if values.scaling else (),
+            say=say,
+        )
     if values.json:
         print(json.dumps(plan.to_json(found), indent=2))
     else:
         _show(found)
     return 0 if found.fits else 1
+
+
+@contextlib.contextmanager
+def _progress(*, hint: bool) -> Iterator[Callable[[str], None]]:
+    """What is done now and for how long, on stderr; only a line each where that is no terminal.
+
+    hint: says before a compilation that there is a shorter way.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    def line(doing: str) -> str:
+        shorter = hint and doing.startswith("compiling")
+        return f"{doing}; --nocompile has the model's figures in seconds" if shorter else doing
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda doing: print(f"diffjax plan: {line(doing)}", file=sys.stderr, flush=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda doing: bar.update(task, description=line(doing))
 
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], str | None]:

@@ -28,6 +28,18 @@ import jax.numpy as jnp
 CONVOLUTION = "conv_general_dilated"
 DOT = "dot_general"
 PRODUCTS = (DOT, CONVOLUTION)
+# Calls that a compiler inlines.
+CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_lin",
+)
 REDUCTIONS = (
     "argmax",
     "argmin",
@@ -64,15 +76,6 @@ class Work(NamedTuple):
     def traffic(self) -> float:
         """Bytes that products and reductions read and write."""
         return sum(op.times * op.traffic for op in self.operations)
-
-    def share(self, parts: int) -> "Work":
-        """The work of one of `parts` devices that split each operation evenly."""
-        return self._replace(
-            operations=tuple(
-                op._replace(flops=op.flops / parts, traffic=op.traffic / parts)
-                for op in self.operations
-            )
-        )
 
     def __add__(self, other: Any) -> "Work":
         return Work(self.operations + other.operations, self.endless or other.endless)

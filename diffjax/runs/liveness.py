@@ -17,29 +17,17 @@ plus what is alive inside the loop that runs then.
 
 A compiler orders and fuses otherwise, and pads: XLA most often needs up to a third more. Arguments
 are the caller's and count as nothing, unless they are `gathered`: put together from shards for
-each operation that needs them, and freed after it.
+each operation that needs them, in a loop each time, and freed after it.
 """
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffjax.runs.counting import PRODUCTS, REDUCTIONS, inner_jaxprs, size_of
+from diffjax.runs.counting import CALLS, PRODUCTS, REDUCTIONS, inner_jaxprs, size_of
 
 # Results that are other names of the same bytes.
 _ALIASES = ("reshape", "squeeze", "expand_dims", "optimization_barrier")
-# Calls that a compiler inlines.
-_CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_lin",
-)
 _LOOPS = ("scan", "while", "cond", "shard_map")
 # Not element by element, so that a result lies in memory; and all products and loops.
 _BARRIERS = (
@@ -84,9 +72,13 @@ class _Step(NamedTuple):
 
 
 class _Program:
-    """A jaxpr without calls: numbered values with their bytes, and steps in order."""
+    """A jaxpr without calls: numbered values with their bytes, and steps in order.
+
+    gathered: bytes of those that are put together for their uses.
+    """
 
     def __init__(self) -> None:
+        self.gathered: dict[int, float] = {}
         self.bytes: list[float] = []
         self.steps: list[_Step] = []
         self.alias: dict[int, int] = {}
@@ -113,18 +105,32 @@ class _Program:
         for eqn in jaxpr.eqns:
             inputs = [look_up(atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            if name in _CALLS:
+            if name in CALLS:
                 (called, *_) = inner_jaxprs(eqn.params)
                 known |= dict(zip(eqn.outvars, self.run(called, inputs), strict=True))
                 continue
             outputs = tuple(self.value(v.aval) for v in eqn.outvars)
             known |= dict(zip(eqn.outvars, outputs, strict=True))
             given = tuple(i for i in inputs if i is not None)
-            inside = max((_inside(j) for j in inner_jaxprs(eqn.params)), default=0.0)
+            bodies = inner_jaxprs(eqn.params)
+            inside = max((self.inside(eqn, body, inputs) for body in bodies), default=0.0)
             self.steps.append(_Step(name, given, outputs, inside))
             if name in _ALIASES and len(given) == len(outputs):
                 self.alias |= dict(zip(outputs, map(self.source, given), strict=True))
         return [look_up(atom) for atom in jaxpr.outvars]
+
+    def inside(self, eqn: Any, body: Any, inputs: Sequence[int | None]) -> float:
+        """The peak of a loop's body; its results are the loop's, which counts them."""
+        own = inputs[len(inputs) - len(body.invars) :]  # a branch's index, say, comes first
+        rows = len(own)
+        if eqn.primitive.name == "scan":
+            rows = eqn.params["num_consts"] + eqn.params["num_carry"]
+        gathered = {
+            i: self.gathered[self.source(value)] / (eqn.params["length"] if i >= rows else 1)
+            for i, value in enumerate(own)
+            if value is not None and self.source(value) in self.gathered
+        }
+        return peak(body, gathered=gathered, results=dict.fromkeys(range(len(body.outvars)), 0.0))
 
 
 def peak(
@@ -141,10 +147,10 @@ def peak(
     """
     program = _Program()
     arguments = [program.value(v.aval) for v in jaxpr.invars]
+    program.gathered = {arguments[i]: size for i, size in (gathered or {}).items()}
     outputs = [program.source(o) for o in program.run(jaxpr, arguments) if o is not None]
     lives = _lives(program, arguments, outputs)
     sizes = dict(enumerate(program.bytes)) | dict.fromkeys(arguments, 0.0)
-    whole = {arguments[i]: size for i, size in (gathered or {}).items()}
     held = {o: sizes[o] for o in outputs}
     held |= {outputs[i]: size for i, size in (results or {}).items() if i < len(outputs)}
     last = len(program.steps)
@@ -158,14 +164,11 @@ def peak(
     alive = most = 0.0
     for delta, step in zip(change, program.steps, strict=False):
         alive += delta
-        fetched = sum(whole.get(program.source(i), 0.0) for i in set(step.inputs))
+        fetched = 0.0
+        if step.name not in _LOOPS:  # these put them together within
+            fetched = sum(program.gathered.get(program.source(i), 0.0) for i in set(step.inputs))
         most = max(most, alive + step.inside + fetched)
     return most
-
-
-def _inside(jaxpr: Any) -> float:
-    """The peak of a loop's body; its results are the loop's, which counts them."""
-    return peak(jaxpr, results=dict.fromkeys(range(len(jaxpr.outvars)), 0.0))
 
 
 def _lives(

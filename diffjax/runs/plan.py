@@ -4,7 +4,7 @@ Every figure says how it was got:
 
     exact               from shapes and shardings
     model               from the program's jaxpr and the table of chips: `estimate`, `roofline`
-    compiled:<backend>  from XLA's program for one device of the mesh: `dryrun`, `programs`
+    compiled:<backend>  from XLA's program for one device of the mesh: `ahead`, `programs`
 
 A figure of `compiled:cpu` is that of another compiler than the chip's: it pads nothing, computes in
 float32 what a chip does in bfloat16, and makes an all-reduce of what is a reduce-scatter there.
@@ -12,14 +12,15 @@ float32 what a chip does in bfloat16, and makes an all-reduce of what is a reduc
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffjax import builders
-from diffjax.runs import dryrun, roofline
+from diffjax.runs import ahead, dryrun, roofline
+from diffjax.runs.ahead import Compiled, Refused
 from diffjax.runs.chips import CHIPS, Chip
-from diffjax.runs.dryrun import Axes, Compiled, What
-from diffjax.runs.estimate import Estimate, collectives_at, estimate, link_seconds
+from diffjax.runs.dryrun import Axes, What
+from diffjax.runs.estimate import Estimate, estimate
 from diffjax.runs.programs import Collective
 from diffjax.runs.workdir import RunError
 
@@ -64,10 +65,10 @@ class Plan(NamedTuple):
     """The figures of one device and one step (of "train" an update, of "sample" a batch).
 
     memory: bytes by what they hold. total: of the model or the compiled program, whichever is more;
-    it `fits` where it is at most USABLE of the chip's. flops: by how they were counted. traffic:
-    bytes of memory read and written; intensity: FLOPs a byte. collectives: with how they were got.
-    seconds: see `roofline.Times`. images_per_second: of the whole mesh. changes: where it does not
-    fit. notes: what to know of these figures.
+    it `fits` where it is at most USABLE of the chip's, and no compiler refuses it. flops: by how
+    they were counted. traffic: bytes of memory read and written; intensity: FLOPs a byte.
+    collectives: with how they were got. seconds: see `roofline.Times`. images_per_second: of the
+    whole mesh. changes: where it does not fit. notes: what to know of these figures.
     """
 
     what: What
@@ -99,13 +100,14 @@ def plan(
     batch_size: int | None = None,
     compile: bool = True,
     scales: Sequence[int] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """What a config needs on a mesh of chips.
 
     device: a name in `chips.CHIPS`. mesh: sizes along "data", "fsdp" and "tensor"; those left out
     are 1. None for config.mesh, with 1 for its -1. what: "train" or "sample". batch_size: of the
     whole mesh; the config's by default. compile: False for the model alone, in seconds. scales:
-    numbers of chips for a table of weak scaling.
+    numbers of chips for a table of weak scaling. say: called with what is done next.
 
     Raises RunError for an unknown device or mesh, ValueError or BuildError for a batch or a rule
     that does not fit the mesh.
@@ -114,21 +116,24 @@ def plan(
     if what not in ("train", "sample"):
         raise RunError(f"A plan is of 'train' or 'sample'; got {what!r}.")
     config = _prepared(config, what, axes, batch_size)
+    say("tracing")
     found = estimate(config, what, axes)
-    compiled = None
+    program: Compiled | Refused | None = None
     if compile:
         one = _changed(config, "training", n_jitted_steps=1)
-        compiled = dryrun.compile_for(one, what, axes, chip.name)
-    links = _links(found, compiled, axes)
-    times = roofline.times(
-        chip, found.work, found.traffic, link_seconds(chip, [c for c, _ in links], axes)
-    )
-    memory, total = _memory(found, compiled)
-    fits = total.value <= USABLE * chip.memory
+        program = ahead.compile_for(one, what, axes, chip.name, say)
+    refused = isinstance(program, Refused)
+    compiled = None if isinstance(program, Refused) else program
+    links = roofline.link_seconds(chip, _timed(found, compiled, axes))
+    times = roofline.times(chip, found.work, found.traffic, links)
+    memory, total = _memory(found, program)
+    fits = total.value <= USABLE * chip.memory and not refused
     flops = [Figure(found.work.flops, MODEL)]
     if compiled is not None and not math.isnan(compiled.flops):
         flops.append(Figure(compiled.flops, _label(compiled)))
     traffic = found.work.traffic + found.traffic
+    if not fits:
+        say("looking for what would fit")
     return Plan(
         what=what,
         chip=chip,
@@ -148,9 +153,11 @@ def plan(
         },
         mfu=Figure(found.work.flops / times.best / chip.bfloat16, MODEL),
         images_per_second=Figure(found.images / times.best, MODEL),
-        changes=() if fits else tuple(_changes(config, what, chip, axes)),
+        changes=()
+        if fits
+        else tuple(_changes(config, what, chip, axes, total.value / found.total)),
         scaling=tuple(scaling(found, chip, axes, scales)),
-        notes=tuple(_notes(found, compiled, what, axes)),
+        notes=tuple(_notes(found, program, what, axes)),
     )
 
 
@@ -164,7 +171,7 @@ def scaling(found: Estimate, chip: Chip, axes: Axes, scales: Sequence[int]) -> I
         if chips % inner:
             raise RunError(f"{chips} chips cannot be shared among fsdp and tensor of {inner}.")
         wide = dict(axes) | {"data": chips // inner}
-        links = link_seconds(chip, collectives_at(found, wide), wide)
+        links = roofline.link_seconds(chip, found.collectives_on(wide))
         times = roofline.times(chip, found.work, found.traffic, links)
         images = found.images // axes["data"] * wide["data"]
         yield Row(
@@ -208,34 +215,36 @@ def _prepared(config: Any, what: What, axes: Axes, batch_size: int | None) -> An
     return config
 
 
-def _label(compiled: Compiled) -> str:
-    return f"compiled:{compiled.backend}"
+def _label(program: Compiled | Refused) -> str:
+    return f"compiled:{program.backend}"
 
 
-def _memory(found: Estimate, compiled: Compiled | None) -> tuple[dict[str, Figure], Figure]:
+def _memory(
+    found: Estimate, program: Compiled | Refused | None
+) -> tuple[dict[str, Figure], Figure]:
     """Bytes by what they hold; and in all, of model and compiled program the larger."""
     memory = {name: Figure(size, EXACT) for name, size in found.state.items()}
     memory["batch"] = Figure(found.batch, EXACT)
     memory["temporaries"] = Figure(found.temporaries, MODEL)
     total = Figure(found.total, MODEL)
-    if compiled is None:
+    if program is None:
         return memory, total
-    how, seen = _label(compiled), compiled.memory
+    how = _label(program)
+    if isinstance(program, Refused):
+        memory["all, refused"] = Figure(program.needed, how)
+        return memory, max(total, memory["all, refused"], key=lambda figure: figure.value)
+    seen = program.memory
     memory["temporaries, compiled"] = Figure(seen.temporaries, how)
     memory["arguments, compiled"] = Figure(seen.arguments, how)  # padded, on some chips
-    held = seen.arguments + seen.results - seen.aliased + seen.temporaries
+    # On a CPU the host's memory is the device's.
+    held = seen.held - (found.host if program.backend == "cpu" else 0)
     return memory, max(total, Figure(held, how), key=lambda figure: figure.value)
 
 
-def _links(
-    found: Estimate, compiled: Compiled | None, axes: Axes
-) -> tuple[tuple[Collective, str], ...]:
-    """The collectives that a step is timed with: the compiled ones where the model lacks some."""
-    modelled = tuple((c, MODEL) for c in found.collectives)
-    whole = compiled is not None and compiled.axes == dict(axes)
-    if compiled is None or not whole or (compiled.backend == "cpu" and axes["tensor"] == 1):
-        return modelled
-    return tuple((c, _label(compiled)) for c in compiled.collectives)
+def _timed(found: Estimate, compiled: Compiled | None, axes: Axes) -> tuple[Collective, ...]:
+    """The collectives that a step is timed with: those of the chip's own compiler, if any."""
+    own = compiled is not None and compiled.backend != "cpu" and compiled.axes == dict(axes)
+    return compiled.collectives if compiled is not None and own else found.collectives
 
 
 def _collectives(found: Estimate, compiled: Compiled | None) -> tuple[tuple[Collective, str], ...]:
@@ -244,18 +253,22 @@ def _collectives(found: Estimate, compiled: Compiled | None) -> tuple[tuple[Coll
     return modelled + tuple((c, _label(compiled)) for c in seen if compiled is not None)
 
 
-def _changes(config: Any, what: What, chip: Chip, axes: Axes) -> Iterator[Change]:
-    """What would help, each alone, by the model. Of a number the least that fits, else the most."""
+def _changes(config: Any, what: What, chip: Chip, axes: Axes, excess: float) -> Iterator[Change]:
+    """What would help, each alone. Of a number the least that fits, else the most.
+
+    excess: what the program as it is needs over the model's figure; the others are taken to need
+    as much over theirs.
+    """
     tried: dict[str, Change] = {}
     for name, changed, mesh in _options(config, what, axes):
         if name in tried and tried[name].fits:
             continue
         try:
             found = estimate(changed[1], what, mesh)
-            links = link_seconds(chip, found.collectives, mesh)
+            links = roofline.link_seconds(chip, found.collectives)
         except ValueError:
             continue
-        total = found.total
+        total = excess * found.total
         best = roofline.times(chip, found.work, found.traffic, links).best
         fits = total <= USABLE * chip.memory
         tried[name] = Change(changed[0], Figure(total, MODEL), Figure(best, MODEL), fits)
@@ -303,22 +316,41 @@ def _changed(config: Any, section: str, **fields: Any) -> Any:
     return config
 
 
-def _notes(found: Estimate, compiled: Compiled | None, what: What, axes: Axes) -> Iterator[str]:
-    if found.state.get("averages") == 0:
-        yield "The averages are in the host's memory, which is not counted here."
+def _notes(
+    found: Estimate, program: Compiled | Refused | None, what: What, axes: Axes
+) -> Iterator[str]:
+    if found.host:
+        yield (
+            f"The averages, {found.host / 1e9:.3g} GB a device, are in the host's memory; each "
+            "update moves them to the device and back, and that time is not counted here."
+        )
     if found.work.endless:
         yield "The program has a loop of unknown length: its body is counted once."
-    if axes["tensor"] > 1:
-        yield "The model splits no activations over tensor, and has no sums over it."
-        if what == "sample":
-            yield "Sampling keeps whole parameters on every device."
-    if compiled is not None and compiled.axes != dict(axes):
-        devices = math.prod(compiled.axes.values())
+    if program is None:
         yield (
-            f"Compiled for {devices} devices ({_as_flag(compiled.axes)}) at the same batch a "
+            "Compilers allot 0.7 to 1.4 times the model's temporaries, and may move weights and "
+            "gradients in the network's type, where the model has float32."
+        )
+        if axes["fsdp"] > 1:
+            yield (
+                "With fsdp they may fetch weights ahead and sum gradients late: 3 times the "
+                "model's temporaries for DiT-XL/2 with remat and without a loop over its blocks."
+            )
+        return
+    if isinstance(program, Refused):
+        yield (
+            f"The compiler for {program.backend} refuses the program: it needs "
+            f"{program.needed / 1e9:.4g} GB where {program.available / 1e9:.4g} GB are a program's."
+        )
+    elif program.note:
+        yield program.note
+    if program.axes != dict(axes):
+        devices = math.prod(program.axes.values())
+        yield (
+            f"Compiled for {devices} devices ({_as_flag(program.axes)}) at the same batch a "
             "device: what is compiled is that mesh's, and its collectives have fewer devices."
         )
-    if compiled is not None and compiled.backend == "cpu":
+    if program.backend == "cpu":
         yield "Compiled by XLA for CPU, which computes in float32 and forms no reduce-scatter."
 
 

@@ -8,12 +8,18 @@ The payload of a collective is counted as the larger of what it reads and what i
 device: of an all-gather that is the whole gathered array, of a reduce-scatter the array before it
 is scattered, of an all-reduce the array. A collective in a loop counts as often as the loop runs
 where the compiler knows that, else once.
+
+The compiler for TPUs writes two of them in its own way. A reduce-scatter is an all-reduce within a
+computation %all-reduce-scatter, which cuts the sum. And one that runs beside products stands in
+several fusions, a part of it in each, with one channel and one `chain_id`: it counts once.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 KINDS = (
     "all-reduce",
@@ -31,16 +37,22 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
+_SCATTERED = "all-reduce-scatter"  # how the names of such computations begin
 _BITS = {"pred": 8}
 
 
 class Collective(NamedTuple):
-    """A kind of collective among `devices`. runs: how often it runs; bytes: all its payloads."""
+    """A kind of collective among `devices`. runs: how often it runs; bytes: all its payloads.
+
+    stride: how far apart its devices are in the order of the program's.
+    """
 
     kind: str
     devices: int
     runs: int
     bytes: int
+    stride: int = 1
 
 
 class Memory(NamedTuple):
@@ -50,6 +62,11 @@ class Memory(NamedTuple):
     results: int
     aliased: int
     temporaries: int
+
+    @property
+    def held(self) -> int:
+        """Bytes in all."""
+        return self.arguments + self.results - self.aliased + self.temporaries
 
 
 def memory(compiled: Any) -> Memory:
@@ -78,23 +95,33 @@ def shape_bytes(text: str) -> list[int]:
 
 
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
-    """The collectives of an optimised HLO module, by kind and number of devices.
+    """The collectives of an optimised HLO module, by kind, number of devices and stride.
 
     text: `compiled.as_text()`. devices: all of the program's, for groups that are not written out.
     """
     bodies = _computations(text)
     runs = _runs(bodies, text)
-    found: dict[tuple[str, int], list[int]] = {}
+    found: dict[tuple[str, int, int], list[int]] = {}
+    chains: set[tuple[str, ...]] = set()
     for name, lines in bodies.items():
         for line in lines:
             match = _OPERATION.search(line)
-            if match is None:
+            chain = _CHAIN.search(line)
+            if match is None or (chain and chain.groups() in chains):
                 continue
+            chains |= {chain.groups()} if chain else set()
             result, kind, start, rest = match.groups()
-            entry = found.setdefault((kind, _group(rest, devices)), [0, 0])
+            count, stride = _group(rest, devices)
+            payload = _payload(kind, result, bool(start), count)
+            kind = "reduce-scatter" if name.startswith(_SCATTERED) else kind
+            entry = found.setdefault((kind, count, stride), [0, 0])
             entry[0] += runs.get(name, 0)
-            entry[1] += runs.get(name, 0) * _payload(kind, result, bool(start), rest, devices)
-    return tuple(Collective(*key, *entry) for key, entry in sorted(found.items()) if entry[0])
+            entry[1] += runs.get(name, 0) * payload
+    return tuple(
+        Collective(kind, count, often, size, stride)
+        for (kind, count, stride), (often, size) in sorted(found.items())
+        if often
+    )
 
 
 def instructions(text: str) -> int:
@@ -102,14 +129,14 @@ def instructions(text: str) -> int:
     return sum(" = " in line for lines in _computations(text).values() for line in lines)
 
 
-def _payload(kind: str, result: str, start: bool, rest: str, devices: int) -> int:
+def _payload(kind: str, result: str, start: bool, devices: int) -> int:
     """The larger of what one device reads and writes."""
     written = shape_bytes(result)
     if start and kind in ("all-gather", "collective-permute"):
         # The result of a start is (operands, results, ...): of the same collective twice.
         return max(written, default=0) if len(written) <= 2 else _halves(written)
     total = sum(written)
-    return total * _group(rest, devices) if kind == "reduce-scatter" else total
+    return total * devices if kind == "reduce-scatter" else total
 
 
 def _halves(written: list[int]) -> int:
@@ -117,20 +144,44 @@ def _halves(written: list[int]) -> int:
     return max(sum(written[:half]), sum(written[half : 2 * half]))
 
 
-def _group(rest: str, devices: int) -> int:
-    """The devices that take part in one group."""
+def _group(rest: str, devices: int) -> tuple[int, int]:
+    """How many devices take part in one group, and how far apart the first two are."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
-        return len(listed[1].split(","))
-    # XLA's short forms: [groups, size]<=[...], and mesh['a'=4,'b'=2], ... {'a'}, axes of a group.
-    short = re.search(r"replica_groups=\[([\d,]+)\]<=", rest)
+        return _spacing([int(n) for n in listed[1].split(",")])
+    # XLA's short forms: [groups, size]<=[shape]T(order), the devices in that shape transposed; and
+    # mesh['a'=4,'b'=2], device_ids=([shape]T(order)) {'a'}, the axes that a group goes along.
+    short = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if short:
-        return int(short[1].split(",")[-1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{('[^}]*)\}", rest)
+        return _spacing(_places(short[2]).reshape(_numbers(short[1]))[0].tolist())
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{('[^}]*)\}", rest)
     if named:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-    return devices
+        sides = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        order = re.search(r"\[[\d,]+\](?:T\([\d,]+\))?", named[2])
+        places = _places(order[0] if order else f"[{math.prod(sides.values())}]")
+        axes = re.findall(r"'([^']+)'", named[3])
+        grid = np.moveaxis(
+            places.reshape(list(sides.values())),
+            [list(sides).index(axis) for axis in axes],
+            range(len(axes)),
+        )
+        return _spacing(grid.reshape(math.prod(sides[a] for a in axes), -1)[:, 0].tolist())
+    return devices, 1
+
+
+def _places(text: str) -> Any:
+    """The devices in the order of "[2,4]T(1,0)": in that shape, transposed."""
+    shape, _, order = text.partition("T")
+    sides = _numbers(shape)
+    return np.arange(math.prod(sides)).reshape(sides).transpose(_numbers(order) or None).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _spacing(group: Sequence[int]) -> tuple[int, int]:
+    return len(group), abs(group[1] - group[0]) if len(group) > 1 else 1
 
 
 def _bits(kind: str) -> int:

@@ -23,6 +23,7 @@ multicore architectures", 2009, https://doi.org/10.1145/1498765.1498785; Pataras
 https://doi.org/10.1016/j.jpdc.2008.09.002.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from diffjax.runs.chips import Chip
@@ -66,13 +67,18 @@ def times(chip: Chip, work: Work, traffic: float, links: float) -> Times:
     )
 
 
-def seconds(chip: Chip, collective: Collective, stride: int = 1) -> float:
+def link_seconds(chip: Chip, collectives: Iterable[Collective]) -> float:
+    """The time of collectives one after the other."""
+    return sum(seconds(chip, collective) for collective in collectives)
+
+
+def seconds(chip: Chip, collective: Collective) -> float:
     """The time of a collective, eqs. (2) and (3).
 
-    stride: how far apart in the order of the chips its devices are; the domain holds as many of
-    them as fit. Raises RunError where it leaves the domain and the chip's `network` is unknown.
+    The domain holds as many of its devices as fit, so far apart. Raises RunError where it leaves
+    the domain and the chip's `network` is unknown.
     """
-    n, payload = collective.devices, collective.bytes
+    n, payload, stride = collective.devices, collective.bytes, collective.stride
     factor = 2 if collective.kind == "all-reduce" else 1
     within = min(n, max(1, chip.domain // stride))
     domains = -(-n // within)

@@ -10,7 +10,17 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from diffjax import builders
-from diffjax.runs import counting, dryrun, liveness, plan, programs, roofline, update
+from diffjax.runs import (
+    ahead,
+    counting,
+    dryrun,
+    liveness,
+    partition,
+    plan,
+    programs,
+    roofline,
+    update,
+)
 from diffjax.runs.chips import CHIPS
 from diffjax.runs.estimate import estimate
 from diffjax.runs.programs import Collective
@@ -179,6 +189,123 @@ def test_a_gathered_argument_is_there_for_its_uses_only():
     assert peak(program, x, square, square, gathered={1: alone, 2: alone}) == alone + 2 * row
 
 
+# What "tensor" splits
+
+
+def pair(params, x):
+    """Two linear maps with something elementwise between; the first is wide."""
+    return jnp.sum(jnp.tanh(x @ params["in"] + params["bias"][None]) @ params["out"])
+
+
+PAIR = {"bias": shape(48), "in": shape(10, 48), "out": shape(48, 6)}  # as a tree is flattened
+SPLIT = {0: 0, 1: 1, 2: 0}
+
+
+def test_a_pair_of_maps_is_split_between_and_summed_once_each_way():
+    def program(params, x):  # both gradients, so that the sum on the way back is there
+        return jax.grad(pair, argnums=(0, 1))(params, x)
+
+    jaxpr = jax.make_jaxpr(program)(PAIR, shape(8, 10)).jaxpr
+    local, sums = partition.on_one_device(jaxpr, SPLIT, 4)
+    # Forward the result, back the gradient of the input; the gradients of weights stay split.
+    assert sums == (partition.Sum(1, 4 * 8 * 6), partition.Sum(1, 4 * 8 * 10))
+    shapes = [v.aval.shape for v in local.outvars]
+    assert shapes == [(12,), (10, 12), (12, 6), (8, 10)]
+    assert counting.work(local).flops == counting.work(jaxpr).flops / 4
+    whole, none = partition.on_one_device(jaxpr, {}, 4)
+    assert none == () and liveness.peak(whole) == liveness.peak(jaxpr)
+    # Between the maps lie a product, its tanh and the cotangent: 8 x 48 each, of which a fourth.
+    assert liveness.peak(local) < 0.5 * liveness.peak(jaxpr)
+
+
+def test_axes_are_handed_on_through_heads_loops_and_convolutions():
+    def attention(w, x):  # (B, T, D) -> heads -> (B, T, D), packed and without a projection
+        h = (x @ w).reshape(2, 5, 3, 4, 6)
+        q, k, v = (h[:, :, i] for i in range(3))
+        scores = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return jnp.einsum("bhts,bshd->bthd", scores, v).reshape(2, 5, 24)
+
+    def convolutions(kernels, x):
+        def body(x, _):
+            h = jax.lax.conv_general_dilated(x, kernels[0], (1, 1), "SAME", dimension_numbers=DIMS)
+            h = jax.nn.silu(h - h.mean((1, 2), keepdims=True))
+            h = jax.lax.conv_general_dilated(h, kernels[1], (1, 1), "SAME", dimension_numbers=DIMS)
+            return x + h, None
+
+        return jax.lax.scan(body, x, length=3)[0]
+
+    local, sums = on_four(attention, {0: 1}, shape(24, 72), shape(2, 5, 24))
+    assert sums == () and local.outvars[0].aval.shape == (2, 5, 6)
+    kernels = [shape(3, 3, 4, 8), shape(3, 3, 8, 4)]
+    local, sums = on_four(convolutions, {0: 3, 1: 2}, kernels, shape(2, 6, 6, 4))
+    assert sums == (partition.Sum(3, 4 * 2 * 6 * 6 * 4),)
+    assert local.outvars[0].aval.shape == (2, 6, 6, 4)
+    whole = counting.work_of(convolutions, kernels, shape(2, 6, 6, 4))
+    assert counting.work(local).flops == whole.flops / 4
+
+
+DIMS = ("NHWC", "HWIO", "NHWC")
+
+
+def on_four(function, split, *arguments):
+    return partition.on_one_device(jax.make_jaxpr(function)(*arguments).jaxpr, split, 4)
+
+
+def test_what_no_rule_splits_is_done_by_all():
+    config = changed(quick(), mesh={"rules": ((".", ()),)})
+    one, four = (estimate(config, "train", axes(tensor=n)) for n in (1, 4))
+    assert four.work.flops == one.work.flops and four.temporaries == one.temporaries
+    assert four.collectives == ()
+
+
+def compiled_for_tensor(config, data, tensor):
+    mesh = axes(data, 1, tensor)
+    found = estimate(config, "train", mesh)
+    seen = ahead.compile_on(jax.devices()[: data * tensor], config, "train", mesh)
+    return found, seen
+
+
+def test_sums_over_tensor_are_the_compiled_ones():
+    found, seen = compiled_for_tensor(quick(), 1, 2)
+    (modelled,) = found.collectives
+    (compiled,) = seen.collectives
+    assert modelled.runs == 4 and compiled.devices == 2  # a block has two pairs, each both ways
+    # A norm of the gradient's parts and the like come on top.
+    assert modelled.bytes <= compiled.bytes < 1.02 * modelled.bytes + 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "batch"),
+    [
+        ("dit/imagenet256_xl2:quick", {"width": 128, "num_heads": 4}, 16),
+        ("vp/cifar10_ddpmpp_continuous:quick", {"nf": 32, "attn_resolutions": (8,)}, 8),
+    ],
+)
+def test_what_tensor_splits_is_what_the_compiler_splits(name, model, batch):
+    config = changed(quick(name, **model), data={"image_size": 16})
+    config.training.batch_size = batch
+    (alone, one), (split, four) = (compiled_for_tensor(config, 1, n) for n in (1, 4))
+    saved = 1 - split.temporaries / alone.temporaries
+    assert saved == pytest.approx(1 - four.memory.temporaries / one.memory.temporaries, abs=0.12)
+    less = 1 - split.work.flops / alone.work.flops
+    assert less == pytest.approx(1 - four.flops / one.flops, abs=0.05) and less > 0.2
+
+
+def test_what_a_loop_gathers_is_there_for_its_uses_only():
+    def program(x, a, b, stack):
+        def body(x, layer):
+            return ((x @ a) @ b) @ layer, None
+
+        return jax.lax.scan(body, x, stack)[0]
+
+    x, square, stack = shape(2, 100), shape(100, 100), shape(7, 100, 100)
+    alone, row = 4 * 100 * 100, 4 * 2 * 100
+    plain = peak(program, x, square, square, stack)
+    found = peak(program, x, square, square, stack, gathered={1: alone, 2: alone, 3: 7 * alone})
+    assert plain <= 4 * row and found - plain == alone
+
+
 TINY = "tests/runs/tiny_config.py"  # a transformer of one narrow block
 
 
@@ -250,6 +377,8 @@ def test_known_collectives_are_read(cube):
     assert spoken(
         cube, lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), wide, P("data"), P(every)
     ) == (Collective("reduce-scatter", 4, 1, 4 * 32 * 3),)
+    (across,) = spoken(cube, lambda x: jax.lax.psum(x, "data"), x)
+    assert across == Collective("all-reduce", 2, 1, local, 4)
     assert (
         spoken(cube, lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]), x)[0].bytes == local
     )
@@ -268,7 +397,15 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs(cube):
 LINES = [
     (
         "%r = f32[512]{0:T(512)} all-reduce(%f), replica_groups=mesh['a'=4,'b'=2] {'a'}",
-        Collective("all-reduce", 4, 1, 2048),
+        Collective("all-reduce", 4, 1, 2048, 2),
+    ),
+    (
+        "%r = f32[512] all-reduce(%f), replica_groups=mesh['a'=2,'b'=2,'c'=4] {'a','c'}",
+        Collective("all-reduce", 8, 1, 2048),
+    ),
+    (
+        "%r = f32[512] all-reduce(%f), replica_groups=mesh['a'=2,'b'=2,'c'=4] {'a','b'}",
+        Collective("all-reduce", 4, 1, 2048, 4),
     ),
     (
         "%h = f32[96]{0} all-gather(%p), replica_groups=mesh['a'=4,'b'=2], "
@@ -285,6 +422,10 @@ LINES = [
         Collective("all-gather", 4, 1, 80),
     ),
     (
+        "%g = f32[8]{0} all-gather(%p), replica_groups=[8,2]<=[2,4,2]T(1,2,0), dimensions={0}",
+        Collective("all-gather", 2, 1, 32, 8),
+    ),
+    (
         "%s = (f32[4]{0}, f32[2]{0}) reduce-scatter(%p, %q), replica_groups={{0,1},{2,3}}",
         Collective("reduce-scatter", 2, 1, 48),
     ),
@@ -299,6 +440,38 @@ LINES = [
 def test_other_forms_of_collectives_are_read(line, expected):
     text = f"HloModule m\n\nENTRY %main (p: f32[1]) -> f32[1] {{\n  {line}\n}}\n"
     assert programs.collectives(text, 16) == (expected,)
+
+
+# A gather that runs beside two products and a sum that is cut, as the compiler for TPUs has them.
+ON_A_TPU = """HloModule m
+
+%fused_computation.1 (p: bf16[8,4]) -> bf16[8,32] {
+  %g.1 = bf16[8,32] all-gather(%p), channel_id=5, frontend_attributes={chain_id="1"}
+}
+
+%async_collective_fusion.2 (p: bf16[8,4]) -> bf16[8,32] {
+  %g.2 = bf16[8,32] all-gather(%p), channel_id=5, frontend_attributes={chain_id="1"}
+}
+
+%all-reduce-scatter.3 (p: f32[16]) -> f32[2] {
+  %r.3 = f32[16] all-reduce(%p), channel_id=1, replica_groups={}, to_apply=%add
+  ROOT %cut = f32[2] dynamic-slice(%r.3, %place), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (p: f32[1]) -> f32[1] {
+  %a = bf16[8,32] fusion(%p), kind=kOutput, calls=%fused_computation.1
+  %b = bf16[8,32] fusion(%a), kind=kOutput, calls=%async_collective_fusion.2
+  %c = f32[2] fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
+  %d = bf16[8,32] all-gather(%p), channel_id=6, replica_groups={}
+}
+"""
+
+
+def test_collectives_within_fusions_of_a_tpu_are_read():
+    assert programs.collectives(ON_A_TPU, 8) == (
+        Collective("all-gather", 8, 2, 2 * 2 * 8 * 32),
+        Collective("reduce-scatter", 8, 1, 4 * 16),
+    )
 
 
 # Chips and times
@@ -333,7 +506,7 @@ def test_times_of_collectives_by_hand():
     # Eight in two domains: 6 s within, then a half of 1 GB twice at 0.1 GB/s.
     assert roofline.seconds(chip, Collective("all-reduce", 8, 1, 4 * 10**9)) == pytest.approx(16)
     # Two that are four places apart share no domain: a half of 4 GB twice at 0.1 GB/s.
-    assert roofline.seconds(chip, Collective("all-reduce", 2, 1, 4 * 10**9), 4) == pytest.approx(40)
+    assert roofline.seconds(chip, Collective("all-reduce", 2, 1, 4 * 10**9, 4)) == pytest.approx(40)
     with pytest.raises(RunError, match="links of h100 join"):
         roofline.seconds(chip._replace(network=None), Collective("all-reduce", 8, 1, 1))
 
@@ -370,7 +543,7 @@ def on_eight():
     made = update.build_update(config, parts, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, made.like)
     state = jax.jit(made.create, out_shardings=layout)(jax.random.key(0))
-    compiled = dryrun.compile_on(jax.devices(), config, "train", axes(2, 4))
+    compiled = ahead.compile_on(jax.devices(), config, "train", axes(2, 4))
     return config, state, compiled
 
 
@@ -403,6 +576,7 @@ def test_the_models_collectives_carry_the_compiled_ones_bytes():
         (c.kind, c.devices): c.bytes for c in estimate(config, "train", axes(2, 4)).collectives
     }
     seen = {(c.kind, c.devices): c.bytes for c in compiled.collectives}
+    assert {c.stride for c in compiled.collectives} == {1}  # "fsdp" is within "data"
     # Each is fetched forward; going back, all that are multiplied with again.
     gathered = modelled["all-gather", 4]
     assert gathered / 2 < seen["all-gather", 4] <= gathered
@@ -491,6 +665,102 @@ def test_a_sampler_is_counted_by_its_calls():
     assert found.collectives == () and not found.work.endless
 
 
+def test_a_sampler_of_split_weights_fetches_them_in_each_call():
+    config = changed(quick(), eval={"batch_size": 8}, sampling={"steps": 6})
+    whole, split = (estimate(config, "sample", mesh) for mesh in (axes(4), axes(1, 4)))
+    (gathers,) = split.collectives
+    count = split.state["parameters"]
+    assert whole.collectives == () and count < 0.3 * whole.state["parameters"]
+    # Eleven calls, of all that is held in fourths.
+    moved = gathers.bytes / 11
+    assert count == moved / 4 + (whole.state["parameters"] - moved)
+    seen = ahead.compile_on(jax.devices(), config, "sample", axes(1, 4))
+    assert count + split.batch <= seen.memory.arguments < count + split.batch + 100  # the process
+    assert seen.collectives == (gathers,)
+
+
+def test_a_restarts_calls_are_counted():
+    config = changed(quick(), eval={"batch_size": 8}, sampling={"steps": 6})
+    plain = estimate(config, "sample", axes()).work.flops
+    restart = {"t_max": 0.6, "t_min": 0.2, "steps": 3, "repeats": 2}
+    again = estimate(changed(config, sampling={"restarts": (restart,)}), "sample", axes())
+    # Heun: 11 calls without, and two in each of the three intervals of two runs.
+    assert again.work.flops == pytest.approx(plain * (11 + 12) / 11)
+
+
+def test_averages_on_the_host_are_not_the_devices():
+    config = changed(quick(), ema={"others": {"slow": {"name": "constant", "rate": 0.9}}})
+    near, far = (
+        estimate(changed(config, ema={"offload": away}), "train", axes(2)) for away in (False, True)
+    )
+    count = near.parameters
+    assert near.host == 0 and near.state["averages"] == 2 * 4 * count
+    assert far.host == 2 * 4 * count and "averages" not in far.state
+    # They still come to the device for the update, when the gradients are there.
+    assert far.temporaries >= far.host + 4 * count
+    # Each is written to the device's memory and read from it once more.
+    assert far.traffic - near.traffic == 2 * far.host
+    found = plan.plan(config, "tpu-v5e", axes(2), compile=False)
+    assert any("host's memory" in note for note in found.notes)
+
+
+OUT_OF_MEMORY = [
+    (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (18.67G) exceeds available HBM (15.75G). HLO module: f.",
+        (18.67, 15.75),
+    ),
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.48G hbm.",
+        (17.5, 15.48),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "gib"), OUT_OF_MEMORY)
+def test_a_compilers_refusal_is_read(message, gib):
+    found = ahead.refusal(message, "tpu", axes(8))
+    assert (found.needed / 2**30, found.available / 2**30) == pytest.approx(gib)
+    assert ahead.from_json(ahead.to_json(found)) == found
+    with pytest.raises(RunError, match="failed: INTERNAL: no such thing"):
+        ahead.refusal("INTERNAL: no such thing\nat line 3", "tpu", axes(8))
+
+
+def test_what_a_compiler_refuses_does_not_fit(monkeypatch):
+    refused = ahead.Refused("tpu", axes(2), 20e9, 16.9e9)
+    monkeypatch.setattr(ahead, "compile_for", lambda *_, **__: refused)
+    found = plan.plan(quick(), "tpu-v5p", axes(2))  # of 95 GiB, which the figure alone would fit
+    assert not found.fits and found.total == plan.Figure(20e9, "compiled:tpu")
+    assert any("needs 20 GB where 16.9 GB" in note for note in found.notes)
+    # What would help is judged by as much over the model's figure: a half of 20 GB, say.
+    model = estimate(quick(), "train", axes(2)).total
+    batch = next(c for c in found.changes if c.what.endswith("batch_size=8"))
+    less = estimate(changed(quick(), training={"batch_size": 8}), "train", axes(2)).total
+    assert batch.memory.value == pytest.approx(20e9 * less / model)
+
+
+def test_the_models_collectives_lie_along_their_axes():
+    found = estimate(quick(), "train", axes(2, 2, 2)).collectives
+    assert {(c.kind, c.devices, c.stride) for c in found} == {
+        ("all-gather", 2, 2),
+        ("reduce-scatter", 2, 2),
+        ("all-reduce", 2, 4),  # of shards, along "data"
+        ("all-reduce", 4, 2),  # of whole parameters
+        ("all-reduce", 2, 1),  # of activations, along "tensor"
+    }
+
+
+def test_axes_of_one_size_have_links_of_their_own():
+    # Eight chips a domain: sums over "tensor" stay within it, those over "data" leave it.
+    config = changed(quick(), model={"num_heads": 8})
+    found = estimate(config, "train", axes(8, 1, 8))
+    across, within = sorted(found.collectives, key=lambda c: -c.stride)
+    assert (across.stride, within.stride) == (8, 1) and across.devices == within.devices == 8
+    chip = CHIPS["h100"]
+    assert roofline.seconds(chip, within) == pytest.approx(2 * 7 / 8 * within.bytes / chip.link)
+    assert roofline.seconds(chip, across) == pytest.approx(2 * 7 / 8 * across.bytes / chip.network)
+
+
 def test_bad_requests_say_why():
     config = load_config(TINY)
     with pytest.raises(RunError, match="tpu-v5p"):
@@ -511,26 +781,62 @@ def test_bad_requests_say_why():
 
 
 def test_a_large_mesh_is_compiled_smaller():
-    assert dryrun.shrunk(axes(64, 4)) == axes(16, 4)
-    assert dryrun.shrunk(axes(512, 2, 2)) == axes(16, 2, 2)
-    assert dryrun.shrunk(axes(2, 128)) == axes(1, 64)
-    assert dryrun.shrunk(axes(96)) == axes(48)
-    assert dryrun.shrunk(axes(8, 4)) == axes(8, 4)
+    assert ahead.shrunk(axes(64, 4)) == axes(16, 4)
+    assert ahead.shrunk(axes(512, 2, 2)) == axes(16, 2, 2)
+    assert ahead.shrunk(axes(2, 128)) == axes(1, 64)
+    assert ahead.shrunk(axes(96)) == axes(48)
+    assert ahead.shrunk(axes(8, 4)) == axes(8, 4)
 
 
 @pytest.mark.parametrize(("chips", "sides"), [(1, 1), (4, 4), (32, 32), (64, 64), (256, 256)])
 def test_slices_are_tori_of_whole_hosts(chips, sides):
     for dimensions in (2, 3):
-        found = dryrun.torus(chips, dimensions)
+        found = ahead.torus(chips, dimensions)
         assert math.prod(found) == sides and len(found) == dimensions
         assert chips < 4 or (found[0] % 2 == 0 and found[1] % 2 == 0)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chip", ["tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e"])
+def test_the_compiler_for_tpus_knows_the_chips(chip):
+    pytest.importorskip("libtpu")
+    config = changed(quick(), training={"batch_size": 32})
+    found = ahead.compile_for(config, "train", axes(2, 4), chip)
+    assert found.backend == "tpu" and found.axes == axes(2, 4) and not found.note
+    kinds = {(c.kind, c.devices) for c in found.collectives}
+    assert ("all-gather", 4) in kinds
+
+
+@pytest.mark.slow
+def test_the_compiler_for_tpus_forms_reduce_scatters():
+    """XLA on CPU forms none: here the model's collectives meet the chip's own. (v5p's has none.)"""
+    pytest.importorskip("libtpu")
+    config = quick("dit/imagenet256_xl2:quick", width=256, num_heads=4, depth=1)
+    config = changed(config, data={"image_size": 16}, training={"batch_size": 64})
+    found = ahead.compile_for(config, "train", axes(1, 8), "tpu-v5e")
+    modelled = {c.kind: c for c in estimate(config, "train", axes(1, 8)).collectives}
+    seen = {c.kind: c for c in found.collectives}
+    # In float32 here; what is gathered for the way forward alone is not gathered again.
+    assert seen["reduce-scatter"].bytes == pytest.approx(modelled["reduce-scatter"].bytes, rel=0.1)
+    assert seen["reduce-scatter"].devices == 8
+    assert 0.4 < seen["all-gather"].bytes / modelled["all-gather"].bytes <= 1.0
+
+
+@pytest.mark.slow
+def test_the_compiler_for_tpus_refuses_what_is_too_large():
+    pytest.importorskip("libtpu")
+    config = changed(quick(), training={"batch_size": 2**22})
+    found = ahead.compile_for(config, "train", axes(2), "tpu-v5e")
+    assert isinstance(found, ahead.Refused)
+    assert found.available == pytest.approx(15.75 * 2**30, rel=0.01)
+    assert found.needed > found.available
+
+
+@pytest.mark.slow
 def test_another_process_compiles_the_same_program():
     config = quick()
-    there = dryrun._compile_elsewhere(config, "train", axes(2, 4))
-    here = dryrun.compile_on(jax.devices(), config, "train", axes(2, 4))
+    there = ahead._compile_elsewhere(config, "train", axes(2, 4))
+    here = ahead.compile_on(jax.devices(), config, "train", axes(2, 4))
     assert there == here
 
 
