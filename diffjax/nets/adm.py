@@ -48,7 +48,7 @@ from flax import linen as nn
 from diffjax.core import checks
 from diffjax.core.types import Array
 from diffjax.nets import frame
-from diffjax.nets.blocks import GroupNorm, Source, attend, downsample, dropout, upsample
+from diffjax.nets.blocks import GroupNorm, Source, attend, downsample, upsample
 from diffjax.nets.embed import Dtype, check_dtype, per_sample, wide
 from diffjax.nets.inputs import augment_labels, class_labels, cosine_embedding
 from diffjax.nets.linear import Conv, Dense
@@ -104,9 +104,8 @@ class ADMBlock(nn.Module):
         h = _conv(h, features, 3, self.dtype, name="conv0")
         film = _dense(temb, 2 * features, wide(self.dtype), name="affine")
         scale, shift = jnp.split(film, 2, axis=-1)
-        h = GroupNorm(self.dtype, nn.silu, epsilon=EPS, name="norm1")(h, (1 + scale, shift))
-        if keys is not None:
-            h = dropout(keys, h, self.dropout)
+        norm1 = GroupNorm(self.dtype, nn.silu, epsilon=EPS, name="norm1")
+        h = norm1(h, (1 + scale, shift), keys, self.dropout)
         h = _conv(h, features, 3, self.dtype, name="conv1", zero=True)
         if x.shape[-1] != features:
             x = _conv(x, features, 1, self.dtype, name="skip")

@@ -28,7 +28,9 @@ NETS = {
         depth=3, width=64, num_heads=4, num_classes=None, learn_sigma=False, patch_size=4, scan=True
     ),
     # DDPM++, one level of five residual blocks.
-    "unet": NCSNpp(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), fir=False),
+    "unet": NCSNpp(
+        nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), fir=False, dropout=0.0
+    ),
 }
 BLOCKS = {"dit": 1, "scan": 3, "unet": 5}
 SCHEDULE = optim.learning_rate(1e-3)
