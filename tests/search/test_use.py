@@ -96,7 +96,7 @@ def command(monkeypatch, config, *arguments):
 
     parts = builders.build_parts(config)
     model = types.SimpleNamespace(step=1, config=config, parts=parts)
-    monkeypatch.setattr("diffjax.runs.model.load", lambda workdir, step, ema: model)
+    monkeypatch.setattr("diffjax.runs.model.load", lambda workdir, **options: model)
     monkeypatch.setattr(runs_sample, "sample_to", draws_nothing)
     code = main(["diffjax", "sample", "--workdir=w", "--num=1", *arguments])
     return code, reached
