@@ -22,7 +22,9 @@ DELICATE = {"exp", "exp2", "log", "log1p", "expm1", "rsqrt", "sqrt", "div", "erf
 DELICATE |= {"sin", "cos", "pow", "reduce_sum", "reduce_max", "reduce_prod", "reduce", "cumsum"}
 DELICATE |= {"cumprod", "cumlogsumexp", "reduce_window", "reduce_window_sum", "scatter-add"}
 DELICATE |= {"scatter_add", "select_and_scatter_add"}
-ACTIVATIONS = {"logistic", "expm1"}  # of swish and elu, which some networks take of half precision
+# Of swish and elu, which some networks take of half precision; since JAX 0.12 elu's slope is an
+# exp. A softmax in half is still seen by its division and its sum.
+ACTIVATIONS = {"logistic", "expm1", "exp"}
 
 
 def equations(jaxpr):
